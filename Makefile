@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python >= 3.11 and make; they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench bench-baseline clean
+
+demo: $(VENV)/installed
+	$(BIN)/sgpt fit --config configs/demo.yaml
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Solve time against a plain transcription of the published loop, on the embedded model.
+bench: $(VENV)/installed
+	$(BIN)/python scripts/benchmark_solver.py
+
+# Perplexities of the published recipe; MODEL, CALIBRATION and EVALUATION choose model and text.
+bench-baseline: $(VENV)/installed
+	$(BIN)/python scripts/benchmark_baseline.py $(if $(MODEL),--model $(MODEL)) \
+	  $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION))
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,119 @@
+"""From scores and a budget to one bit width per input channel.
+
+Both methods spend at most `target * sum(weights)` bits, where a channel costs its width times the number of weights
+that are stored in it (all of them in a dense matrix, the survivors in a pruned one), and stop within one step of it.
+
+`quantile` ranks the channels and cuts the ranking. Cuts at equal fifths of 2/3/4/6/8 would give 4.6 bits whatever was
+asked, so the fractions are tilted, share(b) ~ exp(t * b), with t such that the mean is the target: of all divisions
+with that mean, this is the one nearest to equal shares (maximum entropy).
+
+`budget` minimises sum_j s_j^2 4^-b_j, the error of a uniform quantizer, by taking the upgrades of highest gain per
+bit (the greedy rule is optimal for convex curves up to the last step; Shoham and Gersho, IEEE TASSP 36(9), 1988).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-9
+
+
+def allocate_quantile(scores: Tensor, widths: Sequence[int], target: float, counts: Tensor) -> Tensor:
+    """Cut the ranking of the channels so that the mean width meets the target.
+
+    Args:
+        scores: importance, `[in_features]`; equal scores keep the order of their positions.
+        widths: allowed widths in bits, ascending.
+        target: mean bits per stored weight, between the first and the last width.
+        counts: stored weights per channel, `[in_features]`.
+
+    Returns:
+        Bits per channel, uint8 `[in_features]`, on the device of `scores`.
+    """
+    score, cost = _to_numpy(scores), _to_numpy(counts)
+    order = np.argsort(-score, kind="stable")
+    order = order[cost[order] > 0]
+    shares = _tilted_shares(np.asarray(widths, dtype=float), target)[::-1]
+    before = np.cumsum(cost[order]) - cost[order]
+    cuts = np.cumsum(shares)[:-1] * cost.sum()
+    level = np.zeros(len(score), dtype=int)
+    level[order] = len(widths) - 1 - np.searchsorted(cuts, before, side="right")
+    _settle(level, order, cost, np.asarray(widths), target)
+    return _widths_at(level, widths, scores)
+
+
+def allocate_budget(sensitivity: Tensor, widths: Sequence[int], target: float, counts: Tensor) -> Tensor:
+    """Minimise sum_j s_j^2 4^-b_j within the budget; arguments and result as for `allocate_quantile`."""
+    squared, cost = np.square(_to_numpy(sensitivity)), _to_numpy(counts)
+    ladder = np.asarray(widths, dtype=float)
+    gain = np.outer(squared, 4.0 ** -ladder[:-1] - 4.0 ** -ladder[1:])
+    price = np.outer(cost, np.diff(ladder))
+    slope = np.divide(gain, price, out=np.zeros_like(gain), where=price > 0)
+    level = np.zeros(len(squared), dtype=int)
+    left = target * cost.sum() * (1 + _ROUNDING) - ladder[0] * cost.sum()
+    # Stable on the flattened [channel, step] order keeps a channel's steps in sequence where slopes tie (s = 0).
+    for step in np.argsort(-slope, axis=None, kind="stable"):
+        channel, rung = divmod(int(step), len(widths) - 1)
+        if level[channel] == rung and 0 < price[channel, rung] <= left:
+            level[channel] += 1
+            left -= price[channel, rung]
+    return _widths_at(level, widths, sensitivity)
+
+
+def _tilted_shares(widths: np.ndarray, target: float) -> np.ndarray:
+    """Return shares proportional to exp(t * width) whose mean width is the target."""
+
+    def shares(tilt: float) -> np.ndarray:
+        logits = tilt * widths
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+    low, high = -1.0, 1.0
+    while shares(low) @ widths > target and low > -1e3:
+        low *= 2
+    while shares(high) @ widths < target and high < 1e3:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if shares(middle) @ widths < target else (low, middle)
+    return shares((low + high) / 2)
+
+
+def _settle(level: np.ndarray, order: np.ndarray, cost: np.ndarray, widths: np.ndarray, target: float) -> None:
+    """Move the cuts, one channel at a time, until the budget is met and no further channel fits. Works in place.
+
+    Only channels next to a cut move, so a higher score never ends with a narrower width.
+    """
+    budget = target * cost.sum() * (1 + _ROUNDING)
+    spent = float((cost * widths[level]).sum())
+
+    def step_down(channel: int) -> float:
+        return float((widths[level[channel]] - widths[level[channel] - 1]) * cost[channel])
+
+    def step_up(channel: int) -> float:
+        return float((widths[level[channel] + 1] - widths[level[channel]]) * cost[channel])
+
+    while spent > budget:
+        ranked = level[order]
+        channel = min((order[ranked == rung][-1] for rung in range(1, len(widths)) if rung in ranked), key=step_down)
+        spent -= step_down(channel)
+        level[channel] -= 1
+    while True:
+        ranked = level[order]
+        first = (order[ranked == rung][0] for rung in range(len(widths) - 1) if rung in ranked)
+        fitting = [channel for channel in first if spent + step_up(channel) <= budget]
+        if not fitting:
+            return
+        channel = max(fitting, key=step_up)
+        spent += step_up(channel)
+        level[channel] += 1
+
+
+def _to_numpy(values: Tensor) -> np.ndarray:
+    return values.detach().double().cpu().numpy()
+
+
+def _widths_at(level: np.ndarray, widths: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(np.asarray(widths)[level], dtype=torch.uint8, device=like.device)

@@ -1,0 +1,83 @@
+"""From second moment to the factor that the column sweep needs, with damping that never hides a failure.
+
+The sweep of SparseGPT (arXiv 2301.00774, section 3.2) and GPTQ (arXiv 2210.17323, section 3) wants the upper
+triangular U with U'U = (H + dI)^-1. The usual route is Cholesky, inverse, Cholesky. Factoring the index-reversed
+matrix JHJ = LL' gives H = (JLJ)(JLJ)' with JLJ upper triangular, hence U = (JLJ)^-1: one factorization and one
+triangular solve.
+
+A failed factorization is retried with ten times the damping, then in float64, and then raised by name. It is never
+replaced by the identity, and what was needed is part of the result.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DampStatus = Literal["ok", "damped", "float64"]
+MAX_DAMP_PERCENT = 1.0
+
+
+class HessianError(ValueError):
+    """A Hessian that cannot be inverted, named by the linear it belongs to."""
+
+
+class InverseFactor(NamedTuple):
+    """The factor of the inverse Hessian and what it took to get it."""
+
+    hinv_chol: Tensor
+    """Upper triangular U with U'U = (H + dI)^-1, float32 `[in_features, in_features]`."""
+    dead: Tensor
+    """Inputs that never fired, bool `[in_features]`."""
+    damp_percent: float
+    """Damping used in the end, a fraction of the mean diagonal."""
+    status: DampStatus
+    """`ok`, `damped` (more damping than asked for) or `float64`."""
+
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of (H + dI)^-1, float32 `[in_features]`."""
+        return self.hinv_chol.square().sum(0)
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") -> InverseFactor:
+    """Factor the inverse of a damped Hessian.
+
+    Args:
+        hessian: symmetric `[in_features, in_features]`, on any device.
+        damp_percent: fraction of the mean diagonal that is added to the diagonal (0.01 = 1 %).
+        name: the linear, for error messages.
+
+    Raises:
+        HessianError: the matrix holds NaN or inf, or no damping up to 100 % makes it positive definite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise HessianError(f"the Hessian of {name or 'the linear'} holds NaN or inf: an input overflowed")
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean_diagonal = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
+    live = torch.where(dead, mean_diagonal, diagonal)
+    for dtype in (torch.float32, torch.float64):
+        matrix = hessian.to(dtype, copy=True)
+        percent = damp_percent
+        while percent <= max(MAX_DAMP_PERCENT, damp_percent):
+            matrix.diagonal().copy_(live.to(dtype) + percent * mean_diagonal)
+            factor = _factor(matrix)
+            if factor is not None:
+                status: DampStatus = "ok" if percent == damp_percent else "damped"
+                return InverseFactor(factor.float(), dead, percent, "float64" if dtype == torch.float64 else status)
+            percent *= 10
+    raise HessianError(
+        f"the Hessian of {name or 'the linear'} is not positive definite, not even with {percent / 10:.0%} damping "
+        "in float64"
+    )
+
+
+def _factor(matrix: Tensor) -> Tensor | None:
+    """Return U with U'U = matrix^-1, or None if the matrix is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) != 0:
+        return None
+    upper = lower.flip(0, 1)
+    factor = torch.linalg.solve_triangular(upper, torch.eye(len(matrix)).to(upper), upper=True)
+    return factor if bool(torch.isfinite(factor).all()) else None

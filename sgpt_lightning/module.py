@@ -1,0 +1,180 @@
+"""The LightningModule around a causal language model: perplexity in `validate`, batches for calibration in `fit`.
+
+Nothing is trained. Optimization is manual, and one scalar that no forward uses, the clock, is stepped once a batch:
+without it `global_step` would stay 0 and checkpoints, loggers and resumed runs would not know where they are. The
+network is frozen; it changes only when the callback writes solved weights into it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sgpt_lightning.blocks import model_inputs
+from sgpt_lightning.checkpoint import is_compressed_dir, load_compressed
+from sgpt_lightning.metrics import Perplexity
+from sgpt_lightning.models import load_tokenizer, require_hub, resolve_model
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class CausalLMModule(LightningModule):
+    """A causal language model for calibration and evaluation.
+
+    Args:
+        path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
+        seq_len: tokens per window; None takes the model's own number of positions.
+        dtype: compute dtype: float32, bfloat16 or float16.
+        attn_implementation: as in transformers (`sdpa`, `eager`, ...).
+
+    Raises:
+        ValueError: unknown dtype, a path that does not exist, or seq_len beyond the model's positions.
+        ConnectionError: a hub id, and the hub cannot be reached.
+    """
+
+    network: nn.Module | None
+    """The transformers model; loaded when the Trainer asks for it."""
+    calibration_step: Callable[[Mapping[str, Tensor], int], None] | None
+    """Set by `SparseGPTCallback`: takes a batch and its index."""
+    storage_dtype: torch.dtype
+    """dtype of the checkpoint that the model came from; what is not packed is stored in it."""
+
+    def __init__(
+        self,
+        path: str = "opt-mini",
+        seq_len: int | None = None,
+        dtype: str = "float32",
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
+        self._wrap(None, _read_config(path), path, seq_len)
+        self.compute_dtype = getattr(torch, dtype)
+        self.attn_implementation = attn_implementation
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any = None, seq_len: int | None = None) -> "CausalLMModule":
+        """Wrap a transformers model that is already in memory; it is frozen, and stored in its own dtype."""
+        module = cls.__new__(cls)
+        LightningModule.__init__(module)
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        module._wrap(model.requires_grad_(False).eval(), model.config, name, seq_len)
+        module.tokenizer = tokenizer
+        module.storage_dtype = next(model.parameters()).dtype
+        return module
+
+    def _wrap(self, network: nn.Module | None, config: Any, path: str, seq_len: int | None) -> None:
+        self.automatic_optimization = False
+        self.path = path
+        self.network = network
+        self.config = config
+        self.seq_len = checked_seq_len(seq_len, config, path)
+        self.storage_dtype = _storage_dtype(config)
+        self.tokenizer: Any = None
+        self.calibration_step = None
+        self.clock = nn.Parameter(torch.zeros(()))
+        self.perplexities = nn.ModuleList()
+
+    def configure_model(self) -> None:
+        """Load the model and its tokenizer, once."""
+        if self.network is None:
+            self.network = load_network(self.path, self.compute_dtype, self.attn_implementation)
+            self.tokenizer = load_tokenizer(self.path)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer that steps the clock."""
+        return torch.optim.SGD([self.clock], lr=0.0)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, `[batch, time, vocab]`, for `input_ids` (and `attention_mask`), each `[batch, time]`."""
+        assert self.network is not None, "configure_model() comes first"
+        return self.network(**model_inputs(batch)).logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Hand a batch to the calibration and step the clock.
+
+        Raises:
+            RuntimeError: there is no callback to calibrate for.
+        """
+        if self.calibration_step is None:
+            raise RuntimeError("CausalLMModule does not train: give the Trainer callbacks=[SparseGPTCallback(...)]")
+        self.calibration_step(batch, batch_idx)
+        self.optimizers().step()  # type: ignore[union-attr]
+
+    def on_validation_epoch_start(self) -> None:
+        """Start one metric per evaluation data set."""
+        loaders = len(self.trainer.num_val_batches)
+        self.perplexities = nn.ModuleList(Perplexity() for _ in range(loaders)).to(self.device)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the perplexity of its data set."""
+        metric = self.perplexities[dataloader_idx]
+        assert isinstance(metric, Perplexity)
+        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `perplexity/<data set>`; during fit the callback gives it to the logger, by compressed blocks."""
+        to_logger = self.trainer.state.fn == "validate"
+        for name, metric in zip(self.evaluation_names(), self.perplexities, strict=True):
+            assert isinstance(metric, Perplexity)
+            self.log(f"perplexity/{name}", metric.compute(), prog_bar=True, logger=to_logger)
+
+    def evaluation_names(self) -> list[str]:
+        """Names of the evaluation data sets: the data module's, or their positions."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
+        return list(names or (str(index) for index in range(len(self.perplexities))))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the clock out of checkpoints."""
+        checkpoint["state_dict"].pop("clock", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the clock back."""
+        checkpoint["state_dict"]["clock"] = self.clock.detach()
+
+
+def load_network(path: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
+    """Load a dense or compressed model, frozen and in eval mode; arguments as for `CausalLMModule`."""
+    directory = Path(resolve_model(path)).expanduser()
+    if is_compressed_dir(directory):
+        return load_compressed(directory, dtype=dtype, attn_implementation=attn_implementation).requires_grad_(False)
+    from transformers import AutoModelForCausalLM
+
+    source = str(directory) if directory.is_dir() else path
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+    return model.requires_grad_(False).eval()
+
+
+def checked_seq_len(seq_len: int | None, config: Any, path: str) -> int:
+    """Return the window length; raises ValueError if it is beyond the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if seq_len is None:
+        if positions is None:
+            raise ValueError(f"seq_len must be given: the config of {path} states no max_position_embeddings")
+        return positions
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"seq_len must be at most the {positions} positions of {path}, got {seq_len}")
+    return seq_len
+
+
+def _read_config(path: str) -> Any:
+    directory = Path(resolve_model(path)).expanduser()
+    if not directory.is_dir():
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+            raise ValueError(f"model path {path!r} is not an existing directory")
+        require_hub(f"the model {path!r}, which is no directory here,")
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(directory) if directory.is_dir() else path)
+
+
+def _storage_dtype(config: Any) -> torch.dtype:
+    """Return the dtype that the checkpoint was saved in, float16 where its config says nothing."""
+    dtype = getattr(config, "dtype", None) or torch.float16
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,0 +1,232 @@
+"""The stored form of one weight matrix: tensors of bytes, and how many there are.
+
+Survivors are stored run by run, one run per bit width, widest first. A run holds the columns of its width in their
+own order, row by row; with a mask, only the survivors. Each run is packed without gaps and starts on a byte.
+
+    weight_codes       uint8   the runs, one behind the other                (quantized)
+    weight_values      float   the survivors, row by row                     (not quantized)
+    weight_mask        uint8   `bitmap`: 1 bit a weight, 1 = survives
+                               `pattern`: per group of M the rank of its zeros among all N-subsets of M, in
+                               lexicographic order, ceil(log2(C(M, N))) bits
+    weight_range       float   per row: the interval that the codes span
+    weight_zero_point  uint8   per row: the code of zero at the widest width
+    weight_widths      uint8   per input channel: position in the ascending list of widths, ceil(log2(n)) bits;
+                               absent when there is one width
+
+No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
+trace in the result. Three layouts are priced and the cheapest is taken: `dense` (no mask; removed weights hold the
+zero point), `bitmap`, and `pattern` for N:M.
+"""
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.bitpack import pack_bits, packed_bytes, unpack_bits
+from sgpt_lightning.grids import AffineGrid, dequantize_columns
+from sgpt_lightning.solver import CompressedLinear
+
+Layout = Literal["dense", "bitmap", "pattern"]
+_MAX_GROUP = 16
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What a reader must know besides the tensors; plain values, kept in the manifest."""
+
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    layout: Layout
+    """How zeros are stored."""
+    widths: tuple[int, ...] | None
+    """Bit widths in use, ascending; None if not quantized."""
+    n_m: tuple[int, int] | None
+    """(N, M) of the `pattern` layout."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "WeightSpec":
+        """Read what `to_dict` wrote; raises ValueError on anything else."""
+        if set(values) != {"shape", "layout", "widths", "n_m"} or values["layout"] not in (
+            "dense",
+            "bitmap",
+            "pattern",
+        ):
+            raise ValueError(f"not a weight specification: {values}")
+        lists = {key: None if values[key] is None else tuple(values[key]) for key in ("shape", "widths", "n_m")}
+        return cls(layout=values["layout"], **lists)  # type: ignore[arg-type]
+
+
+class PackedWeight(NamedTuple):
+    """A packed weight matrix: its specification and its tensors, by the names in the module's docstring."""
+
+    spec: WeightSpec
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take, in memory and in the file."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """Return the same weight on another device."""
+        return PackedWeight(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def pack_weight(compressed: CompressedLinear) -> PackedWeight:
+    """Pack a solved matrix in its cheapest layout."""
+    widths = compressed.widths
+    used = None if widths is None else tuple(sorted(set(widths.tolist())))
+    out_features, in_features = (compressed.codes if compressed.values is None else compressed.values).shape  # type: ignore[union-attr]
+    layout = cheapest_layout(compressed)
+    spec = WeightSpec((out_features, in_features), layout, used, compressed.n_m if layout == "pattern" else None)
+    keep = None if layout == "dense" else compressed.keep
+    tensors = {}
+    if compressed.codes is None:
+        assert compressed.values is not None
+        tensors["weight_values"] = compressed.values if keep is None else compressed.values[keep]
+    else:
+        assert widths is not None
+        assert used is not None
+        assert compressed.grid is not None
+        tensors["weight_codes"] = _pack_runs(compressed.codes, keep, widths, used)
+        tensors["weight_range"] = compressed.grid.row_range
+        tensors["weight_zero_point"] = compressed.grid.zero_point
+        if len(used) > 1:
+            positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
+            tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), _index_bits(len(used)))
+    if keep is not None:
+        tensors["weight_mask"] = _pack_mask(keep, spec)
+    return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """Return the matrix that the model computes with, float32 `[out_features, in_features]`.
+
+    Raises:
+        ValueError: a tensor is missing or its size does not fit the specification.
+    """
+    spec, tensors = packed
+    expected = {"weight_values"} if spec.widths is None else {"weight_codes", "weight_range", "weight_zero_point"}
+    expected |= {"weight_mask"} if spec.layout != "dense" else set()
+    expected |= {"weight_widths"} if spec.widths is not None and len(spec.widths) > 1 else set()
+    if expected != set(tensors):
+        raise ValueError(f"a {spec.layout} weight needs the tensors {sorted(expected)}, got {sorted(tensors)}")
+    keep = None if spec.layout == "dense" else _unpack_mask(tensors["weight_mask"], spec)
+    if spec.widths is None:
+        values = tensors["weight_values"]
+        if values.numel() != (math.prod(spec.shape) if keep is None else int(keep.sum())):
+            raise ValueError(f"the mask and the number of survivors ({values.numel()}) disagree")
+        if keep is None:
+            return values.view(spec.shape).float()
+        return torch.zeros(spec.shape, dtype=torch.float32, device=values.device).masked_scatter_(keep, values.float())
+    widths = _unpack_widths(tensors, spec)
+    row_range, zero_point = tensors["weight_range"], tensors["weight_zero_point"]
+    if row_range.shape != spec.shape[:1] or zero_point.shape != spec.shape[:1]:
+        raise ValueError(f"one range and one zero point per row are needed, got {row_range.shape}, {zero_point.shape}")
+    codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
+    weight = dequantize_columns(codes, widths, AffineGrid(row_range, zero_point, spec.widths[-1]))
+    return weight if keep is None else weight.masked_fill_(~keep, 0)
+
+
+def cheapest_layout(compressed: CompressedLinear) -> Layout:
+    """Price the layouts that can hold the matrix and return the cheapest."""
+    if compressed.keep is None:
+        return "dense"
+    keep = compressed.keep
+    if compressed.widths is None:
+        assert compressed.values is not None
+        stored_bits = torch.full((keep.shape[1],), 8 * compressed.values.element_size())
+    else:
+        stored_bits = compressed.widths.long().cpu()
+    survivors = (keep.sum(0).cpu() * stored_bits).sum()
+    bits: dict[Layout, int] = {
+        "dense": int(keep.shape[0] * stored_bits.sum()),
+        "bitmap": keep.numel() + int(survivors),
+    }
+    n_m = compressed.n_m
+    if n_m and n_m[1] <= _MAX_GROUP and math.comb(n_m[1], n_m[0]) <= 256:
+        rank_bits = _index_bits(math.comb(n_m[1], n_m[0]))
+        bits["pattern"] = keep.numel() // n_m[1] * rank_bits + int(survivors)
+    return min(bits, key=lambda layout: bits[layout])
+
+
+def _index_bits(count: int) -> int:
+    return max((count - 1).bit_length(), 1)
+
+
+def _pack_runs(codes: Tensor, keep: Tensor | None, widths: Tensor, used: tuple[int, ...]) -> Tensor:
+    runs = []
+    for bits in reversed(used):
+        columns = widths == bits
+        run = codes[:, columns]
+        runs.append(pack_bits(run if keep is None else run[keep[:, columns]], bits))
+    return torch.cat(runs)
+
+
+def _unpack_runs(packed: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:
+    codes = torch.zeros(spec.shape, dtype=torch.uint8, device=packed.device)
+    offset = 0
+    assert spec.widths is not None
+    for bits in reversed(spec.widths):
+        columns = widths == bits
+        run_keep = None if keep is None else keep[:, columns]
+        count = spec.shape[0] * int(columns.sum()) if run_keep is None else int(run_keep.sum())
+        size = packed_bytes(count, bits)
+        run = unpack_bits(packed[offset : offset + size], bits, count)
+        offset += size
+        if run_keep is None:
+            codes[:, columns] = run.view(spec.shape[0], -1)
+        else:
+            codes[:, columns] = torch.zeros_like(run_keep, dtype=torch.uint8).masked_scatter_(run_keep, run)
+    if offset != packed.numel():
+        raise ValueError(f"the codes take {offset} bytes, got {packed.numel()} bytes")
+    return codes
+
+
+def _unpack_widths(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
+    assert spec.widths is not None
+    used = torch.tensor(spec.widths, dtype=torch.uint8, device=tensors["weight_codes"].device)
+    if len(spec.widths) == 1:
+        return used.expand(spec.shape[1])
+    positions = unpack_bits(tensors["weight_widths"], _index_bits(len(spec.widths)), spec.shape[1])
+    if int(positions.max()) >= len(spec.widths):
+        raise ValueError(f"a channel names width {int(positions.max())} of {len(spec.widths)}")
+    return used[positions.long()]
+
+
+def _zero_patterns(n: int, m: int) -> Tensor:
+    """All ways to place n zeros in m inputs, bool `[C(m, n), m]`, True where a weight survives."""
+    survives = torch.ones(math.comb(m, n), m, dtype=torch.bool)
+    for rank, zeros in enumerate(itertools.combinations(range(m), n)):
+        survives[rank, list(zeros)] = False
+    return survives
+
+
+def _pack_mask(keep: Tensor, spec: WeightSpec) -> Tensor:
+    if spec.n_m is None:
+        return pack_bits(keep.to(torch.uint8), 1)
+    n, m = spec.n_m
+    place = 1 << torch.arange(m, device=keep.device)
+    patterns = (_zero_patterns(n, m).to(keep.device) * place).sum(1)
+    order = torch.argsort(patterns)
+    found = torch.searchsorted(patterns[order], (keep.view(-1, m) * place).sum(1))
+    return pack_bits(order[found].to(torch.uint8), _index_bits(math.comb(m, n)))
+
+
+def _unpack_mask(packed: Tensor, spec: WeightSpec) -> Tensor:
+    count = math.prod(spec.shape)
+    if spec.n_m is None:
+        return unpack_bits(packed, 1, count).bool().view(spec.shape)
+    n, m = spec.n_m
+    ranks = unpack_bits(packed, _index_bits(math.comb(m, n)), count // m)
+    if int(ranks.max()) >= math.comb(m, n):
+        raise ValueError(f"rank {int(ranks.max())} names no pattern of {n} zeros in {m}")
+    return _zero_patterns(n, m).to(packed.device)[ranks.long()].view(spec.shape)

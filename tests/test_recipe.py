@@ -1,0 +1,130 @@
+"""Every rule of the recipe, and that each broken one is named with its value."""
+
+import pytest
+
+from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Recipe, parse_pattern
+
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.0.fc2", "model.layers.1.fc2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument", "rule", "value"),
+    [
+        ({"sparsity": 1.0}, "sparsity", r"\[0, 1\)", "1.0"),
+        ({"sparsity": -0.1}, "sparsity", r"\[0, 1\)", "-0.1"),
+        ({"sparsity": float("nan")}, "sparsity", r"\[0, 1\)", "nan"),
+        ({"pattern": "4:4"}, "pattern", "0 < N < M", "4:4"),
+        ({"pattern": "5:4"}, "pattern", "0 < N < M", "5:4"),
+        ({"pattern": "0:4"}, "pattern", "0 < N < M", "0:4"),
+        ({"pattern": "2-4"}, "pattern", "N:M", "2-4"),
+        ({"pattern": "2:"}, "pattern", "N:M", "2:"),
+        ({"pattern": "a:4"}, "pattern", "N:M", "a:4"),
+        ({"pattern": "2:4:8"}, "pattern", "N:M", "2:4:8"),
+        ({"pattern": "-2:4"}, "pattern", "N:M", "-2:4"),
+        ({"pattern": ""}, "pattern", "N:M", "''"),
+        ({"target_avg_bits": 1.9}, "target_avg_bits", "between the narrowest and the widest", "1.9"),
+        ({"target_avg_bits": 8.1}, "target_avg_bits", "between the narrowest and the widest", "8.1"),
+        ({"target_avg_bits": float("nan")}, "target_avg_bits", "between the narrowest and the widest", "nan"),
+        ({"target_avg_bits": 5, "allocation": "uniform"}, "target_avg_bits", "uniform", "5"),
+        ({"target_avg_bits": 3.5, "allocation": "uniform"}, "target_avg_bits", "uniform", "3.5"),
+        ({"widths": ()}, "widths", "from 1 to 8", r"\[\]"),
+        ({"widths": (0, 4)}, "widths", "from 1 to 8", r"\[0, 4\]"),
+        ({"widths": (4, 9)}, "widths", "from 1 to 8", r"\[4, 9\]"),
+        ({"widths": (2.5, 4)}, "widths", "from 1 to 8", r"\[2.5, 4\]"),
+        ({"widths": (4, 2)}, "widths", "ascending", r"\[4, 2\]"),
+        ({"widths": (4, 4)}, "widths", "without repeats", r"\[4, 4\]"),
+        ({"allocation": "random"}, "allocation", "uniform, quantile, budget", "random"),
+        ({"damp_percent": 0.0}, "damp_percent", "fraction", "0.0"),
+        ({"damp_percent": -0.01}, "damp_percent", "fraction", "-0.01"),
+        ({"damp_percent": 1.5}, "damp_percent", "fraction", "1.5"),
+        ({"block_size": 0}, "block_size", "at least 1", "0"),
+    ],
+)
+def test_a_bad_value_is_refused_with_argument_rule_and_value(settings, argument, rule, value):
+    with pytest.raises(ValueError, match=rf"{argument}.*{rule}.*got .*{value}"):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": -0.1, "hessian": 0.6}, r"negative, got .*'activation': -0\.1"),
+        ({"activation": float("nan")}, "negative, got .*activation.*nan"),
+        ({"activation": 0.5}, r"sum to 1, got 1\.25 from"),
+        ({"activation": 0.0}, r"sum to 1, got 0\.75 from"),
+    ],
+)
+def test_importance_weights_that_are_negative_or_do_not_sum_to_one_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImportanceWeights(**settings)
+
+
+def test_the_bounds_themselves_are_allowed():
+    ImportanceWeights(0, 0, 0, 0, 1)
+    ImportanceWeights(0.1, 0.2, 0.3, 0.2, 0.2)  # 1.0000000000000002 in binary
+    for widths in ((1,), (8,), tuple(range(1, 9))):
+        for target in (widths[0], widths[-1]):
+            Recipe(sparsity=0.0, damp_percent=1.0, block_size=1, widths=widths, target_avg_bits=target)
+            Recipe(widths=widths, target_avg_bits=target, allocation="uniform")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2:4", (2, 4)), ("1:4", (1, 4)), ("15:16", (15, 16))])
+def test_a_pattern_reads_zeros_then_group(text, expected):
+    assert parse_pattern(text) == expected
+    assert Recipe(pattern=text).n_m == expected
+
+
+def test_a_rule_with_a_bad_value_is_refused_by_its_match():
+    with pytest.raises(ValueError, match=r"rule for '\*\.fc2'.*sparsity.*1\.5"):
+        Recipe(rules=[LayerRule("*.fc2", sparsity=1.5)])
+    with pytest.raises(ValueError, match=r"rule for '\*\.fc1'.*target_avg_bits.*7"):
+        Recipe(widths=(2, 4), target_avg_bits=3, rules=[LayerRule("*.fc1", target_avg_bits=7)])
+
+
+def test_the_last_matching_rule_wins_field_by_field():
+    recipe = Recipe(
+        sparsity=0.5,
+        rules=[
+            LayerRule("*.fc2", sparsity=0.25, target_avg_bits=6),
+            LayerRule("*.0.*", sparsity=0.75),
+            LayerRule("*.0.fc1", allocation="budget", widths=[3, 4]),
+        ],
+    )
+    resolved = {name: recipe.for_linear(name) for name in NAMES}
+    assert [resolved[name].sparsity for name in NAMES] == [0.75, 0.75, 0.75, 0.25]
+    assert [resolved[name].target_avg_bits for name in NAMES] == [4, 4, 6, 6]
+    assert [resolved[name].allocation for name in NAMES] == ["quantile", "budget", "quantile", "quantile"]
+    assert resolved[NAMES[1]].widths == (3, 4)
+
+
+def test_a_sparsity_rule_beats_the_pattern_and_a_pattern_rule_beats_the_sparsity():
+    recipe = Recipe(pattern="2:4", rules=[LayerRule("*.fc2", sparsity=0.3), LayerRule("*.1.*", pattern="4:8")])
+    assert recipe.for_linear(NAMES[1]).n_m == (2, 4)
+    assert recipe.for_linear(NAMES[2]).n_m is None
+    assert recipe.for_linear(NAMES[2]).sparsity == 0.3
+    assert recipe.for_linear(NAMES[3]).n_m == (4, 8)
+
+
+def test_ignored_linears_and_linears_with_nothing_to_do_are_left_alone():
+    recipe = Recipe(target_avg_bits=None, ignore=["*.fc1"], rules=[LayerRule("*.1.fc2", sparsity=0.0)])
+    assert [recipe.for_linear(name) is None for name in NAMES] == [False, True, False, True]
+    rule_and_ignore = Recipe(ignore=["*.fc1"], rules=[LayerRule("*.fc1", sparsity=0.9)])
+    assert rule_and_ignore.for_linear(NAMES[1]) is None
+    assert Recipe(sparsity=0, target_avg_bits=None).for_linear(NAMES[0]) is None
+    assert Recipe(sparsity=0, target_avg_bits=4).for_linear(NAMES[0]) is not None
+
+
+def test_names_are_matched_whole_and_case_sensitively():
+    recipe = Recipe(ignore=["fc1", "*.FC2"])
+    assert all(recipe.for_linear(name) is not None for name in NAMES)
+
+
+def test_patterns_that_match_nothing_are_listed():
+    recipe = Recipe(ignore=["*.fc1", "*.lm_head"], rules=[LayerRule("*.fc2"), LayerRule("*.fc3", sparsity=0.1)])
+    assert recipe.unmatched(NAMES) == ["*.lm_head", "*.fc3"]
+
+
+def test_lists_from_a_config_file_become_tuples_so_that_a_recipe_can_be_compared_and_hashed():
+    from_yaml = Recipe(widths=[2, 4], target_avg_bits=3, ignore=["a"], rules=[])
+    assert from_yaml == Recipe(widths=(2, 4), target_avg_bits=3, ignore=("a",))
+    assert hash(from_yaml) == hash(Recipe(widths=(2, 4), target_avg_bits=3, ignore=("a",)))
