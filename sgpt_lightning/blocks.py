@@ -152,8 +152,9 @@ class BlockReplay:
             self._returns_tuple = self._observe_return_types(inputs)
         hidden, recorded = self._record(inputs)
         calls: Sequence[BlockCall] = recorded
-        if "attention_mask" not in inputs:  # without padding, only the shape decides what the blocks receive
-            calls = self._calls_by_shape.setdefault(tuple(inputs["input_ids"].shape), recorded)
+        if "attention_mask" not in inputs:  # without padding, masks and positions follow from the shape: keep one copy
+            known = self._calls_by_shape.setdefault(tuple(inputs["input_ids"].shape), recorded)
+            calls = known if _equal(known, recorded) else recorded  # Gemma 4 hands every block embeddings of its own
         return PrologueOutput(hidden, calls)
 
     @torch.no_grad()
@@ -206,6 +207,19 @@ class BlockReplay:
         with _forward_replaced(self._blocks, stub), suppress(_PrologueDone):
             self._model(**inputs)
         return recorded[0][0], [call for _, call in recorded]
+
+
+def _equal(known: Any, other: Any) -> bool:
+    """Compare nested arguments by value; objects of unknown types are equal only to themselves."""
+    if type(known) is not type(other):
+        return False
+    if isinstance(known, Tensor):
+        return torch.equal(known, other)
+    if isinstance(known, Mapping):
+        return known.keys() == other.keys() and all(_equal(known[key], other[key]) for key in known)
+    if isinstance(known, list | tuple):
+        return len(known) == len(other) and all(map(_equal, known, other))
+    return known is other or (isinstance(known, bool | int | float | str) and known == other)
 
 
 @contextmanager

@@ -238,15 +238,16 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
     if quantized is not None or odd:
         raise ValueError(f"the model is already quantized ({quantized or ', '.join(odd[:4])}); start from a dense one")
     offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(list(linears))]
-    plans = {name: recipe.for_linear(name) for name in linears}
-    if not any(plans.values()):
-        offenders.append("the recipe leaves every linear alone: set sparsity, pattern or target_avg_bits")
-    for name, plan in plans.items():
+    plans = []
+    for name, linear in linears.items():
         try:
-            if plan is not None:
-                check_pattern(plan, weight_matrix(linears[name]).shape[1], name)
+            plans.append(recipe.for_linear(name))
+            if plans[-1] is not None:
+                check_pattern(plans[-1], weight_matrix(linear).shape[1], name)
         except ValueError as error:
-            offenders.append(str(error))
+            offenders.append(f"{name}: {error}")
+    if not any(plans) and not offenders:
+        offenders.append("the recipe leaves every linear alone: set sparsity, pattern or target_avg_bits")
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))

@@ -90,6 +90,8 @@ class SparseGPTCallback(Callback):
             raise ValueError(f"resuming from a checkpoint is not supported, got ckpt_path={trainer.ckpt_path!r}")
         check_target(self.target(trainer))
         trainer.num_sanity_val_steps = 0
+        # Nothing is logged by step, but Lightning warns of epochs shorter than this. It sets the attribute late.
+        trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the recipe against the model, all of it, and set the number of epochs."""

@@ -4,8 +4,8 @@ A directory holds `config.json` (with a `quantization_config` that names this fo
 `model.safetensors` (several shards past 5 GB), `sgpt_manifest.json`, and the tokenizer's files. Per linear the tensors
 are those of `packed.py`, under the linear's own name; everything else is stored as it is, in the storage dtype where
 that loses nothing. Tensors that the model ties are stored once. The manifest holds what a reader needs (one weight
-specification per linear, aliases of tied tensors, sizes and SHA-256 of the weight files), and what a person wants to
-know (recipe, report per linear, ledger, perplexities with their protocols).
+specification per linear, aliases of tied tensors, sizes and SHA-256 of the other files that it reads), and what a
+person wants to know (recipe, report per linear, ledger, perplexities with their protocols).
 
 Left out: registration with transformers, so that `from_pretrained` reads the directory by itself.
 """
@@ -15,14 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from sgpt_lightning.packed import PackedWeight, WeightSpec, unpack_weight
 
 FORMAT = "sgpt"
 FORMAT_VERSION = 1
+CONFIG = "config.json"
 MANIFEST = "sgpt_manifest.json"
 SHARD_INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
@@ -91,6 +91,8 @@ class Manifest:
     ledger: Ledger
     files: dict[str, dict[str, Any]]
     """Weight files: `bytes` and `sha256`."""
+    config: dict[str, Any]
+    """The same of `config.json`, where one digit makes another model of the same weights."""
     run: dict[str, Any]
     """Recipe, perplexities, protocols, versions: whatever the writer adds."""
 
@@ -114,6 +116,9 @@ class Manifest:
                 f"{path} is of format version {version}, this package reads {FORMAT_VERSION}; upgrade it"
             )
         try:
+            odd = [key for key in ("aliases", "linears", "files", "config", "run") if not isinstance(values[key], dict)]
+            if odd:
+                raise TypeError(f"no mapping in {', '.join(odd)}")
             return cls(**{**values, "ledger": Ledger(**values["ledger"])})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is incomplete ({error}); compress the model again") from error
@@ -131,11 +136,8 @@ def is_compressed_dir(directory: Path) -> bool:
 
 def check_target(directory: Path) -> None:
     """Raise FileExistsError if saving to `directory` would overwrite something that is not a compressed model."""
-    if (
-        directory.exists()
-        and not is_compressed_dir(directory)
-        and not (directory.is_dir() and not any(directory.iterdir()))
-    ):
+    is_empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not is_empty and not is_compressed_dir(directory):
         raise FileExistsError(
             f"the output directory {directory} exists and is not a compressed model: choose another or remove it"
         )
@@ -163,7 +165,7 @@ def save_compressed(
     Raises:
         FileExistsError: `directory` exists and is not a compressed model.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()  # renaming a symbolic link would leave its directory behind
     recover_interrupted_save(target)
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +188,7 @@ def save_compressed(
             },
             ledger=_ledger(partial, model, tensors, solved),
             files={path.name: _fingerprint(path) for path in _weight_files(partial)},
+            config=_fingerprint(partial / CONFIG),
             run=dict(run or {}),
         )
         manifest.write(partial)
@@ -213,7 +216,7 @@ def load_compressed(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(directory)
+    path = Path(directory).resolve()
     recover_interrupted_save(path)
     manifest = Manifest.read(path)
     _check_files(path, manifest)
@@ -222,16 +225,15 @@ def load_compressed(
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}") from error
+        raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from error
     del config.quantization_config
     with torch.random.fork_rng():  # random initialization must not move the user's generators
         model = AutoModelForCausalLM.from_config(
             config, dtype=compute_dtype, attn_implementation=attn_implementation or manifest.attn_implementation
         )
     stored = {name: tensor for file in manifest.files for name, tensor in load_file(path / file).items()}
-    state = _dense_state(stored, manifest, model)
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(_dense_state(stored, manifest, model, path), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not hold the tensors that its config.json asks for: {error}") from error
     return model.eval()
@@ -246,15 +248,6 @@ def recover_interrupted_save(target: Path) -> None:
         shutil.rmtree(previous)
     else:
         previous.rename(target)
-
-
-def weight_tensors(directory: Path, manifest: Manifest) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Yield name, dtype, shape and bytes of every stored tensor without reading the data."""
-    for file in manifest.files:
-        with safe_open(directory / file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                tensor = opened.get_tensor(name)
-                yield name, _dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes
 
 
 def _write_config(directory: Path, model: Any, tokenizer: Any) -> None:
@@ -363,7 +356,7 @@ def _replace_directory(partial: Path, target: Path) -> None:
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
-    for name, expected in manifest.files.items():
+    for name, expected in {CONFIG: manifest.config, **manifest.files}.items():
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the whole directory again")
@@ -375,7 +368,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} does not match the manifest's SHA-256: it was changed or damaged")
 
 
-def _dense_state(stored: dict[str, Tensor], manifest: Manifest, model: nn.Module) -> dict[str, Tensor]:
+def _dense_state(stored: dict[str, Tensor], manifest: Manifest, model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """Unpack the linears and expand the aliases."""
     state = dict(stored)
     for name, entry in manifest.linears.items():
@@ -386,10 +379,10 @@ def _dense_state(stored: dict[str, Tensor], manifest: Manifest, model: nn.Module
             )
             weight = unpack_weight(packed)
             linear = model.get_submodule(name)
-        except (ValueError, AttributeError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{name} cannot be unpacked: {error}") from error
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{directory / MANIFEST} does not describe {name}: {error}") from error
         state[f"{name}.weight"] = weight.T if is_conv1d(linear) else weight
-    return state | {alias: state[name] for alias, name in manifest.aliases.items()}
+    return state | {alias: state[name] for alias, name in manifest.aliases.items() if name in state}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -40,7 +40,7 @@ HELP = """usage: sgpt COMMAND ...
 class SGPTCli(LightningCLI):
     """LightningCLI with fixed classes and the callback as the group `sgpt`."""
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self) -> None:
         super().__init__(
             CausalLMModule,
             TextDataModule,
@@ -57,7 +57,6 @@ class SGPTCli(LightningCLI):
             seed_everything_default=False,
             auto_configure_optimizers=False,
             parser_kwargs={command: {"usage": usage} for command, usage in USAGE.items()},
-            args=list(args),
         )
 
     @staticmethod
@@ -95,13 +94,15 @@ def inspect(arguments: Sequence[str]) -> None:
         print(f"protocol of {name}: " + ", ".join(f"{key}={value!r}" for key, value in protocol.items()))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the command line; errors of the user's making are one message and exit status 2, without a traceback."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return
-    # torch 2.13 deprecates a class that Lightning 2.6 still uses; nothing a user could do about it.
+    # Lightning 2.6 calls an interface that jsonargparse deprecates; nothing a user could do about it.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # torch 2.13 deprecates a class that Lightning 2.6 still uses.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Windows are one tensor in memory: worker processes would only copy it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[0] == "inspect":
             inspect(arguments[1:])
         else:
-            SGPTCli(arguments)
+            SGPTCli()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_SWITCH):
             raise

@@ -205,7 +205,9 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, windows: TokenWindows) -> DataLoader[dict[str, Tensor]]:
         ranks, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        return DataLoader(windows, batch_size=self.batch_size, sampler=InOrderSampler(windows, ranks, rank))
+        sampler = InOrderSampler(windows, ranks, rank)
+        # A loader without a generator of its own draws a seed for workers from the global one.
+        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator())
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:

@@ -31,7 +31,10 @@ class AffineGrid(NamedTuple):
 
     def at(self, bits: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero point for one width, both float32 `[out_features]`."""
-        scale = self.row_range.float() / levels(bits)
+        row_range = self.row_range.float()
+        # Divided by a tensor: by a number, CUDA multiplies with the reciprocal, and a file solved on a GPU would
+        # read back differently on a CPU.
+        scale = row_range / torch.full_like(row_range, levels(bits))
         zero_point = self.zero_point.float()
         if bits != self.max_bits:
             zero_point = (zero_point * (levels(bits) / levels(self.max_bits))).round()

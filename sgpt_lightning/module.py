@@ -145,7 +145,8 @@ def load_network(path: str, dtype: torch.dtype, attn_implementation: str) -> nn.
     from transformers import AutoModelForCausalLM
 
     source = str(directory) if directory.is_dir() else path
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+    with torch.random.fork_rng():  # transformers may initialize before it loads
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
     return model.requires_grad_(False).eval()
 
 

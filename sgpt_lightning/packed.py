@@ -21,7 +21,7 @@ zero point), `bitmap`, and `pattern` for N:M.
 import itertools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -54,14 +54,26 @@ class WeightSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "WeightSpec":
         """Read what `to_dict` wrote; raises ValueError on anything else."""
-        if set(values) != {"shape", "layout", "widths", "n_m"} or values["layout"] not in (
-            "dense",
-            "bitmap",
-            "pattern",
-        ):
+        if not _is_spec(values):
             raise ValueError(f"not a weight specification: {values}")
         lists = {key: None if values[key] is None else tuple(values[key]) for key in ("shape", "widths", "n_m")}
         return cls(layout=values["layout"], **lists)  # type: ignore[arg-type]
+
+
+def _is_spec(values: dict[str, Any]) -> bool:
+    if set(values) != {"shape", "layout", "widths", "n_m"} or values["layout"] not in get_args(Layout):
+        return False
+    shape, widths, n_m = (values[key] for key in ("shape", "widths", "n_m"))
+    for numbers in (shape, widths, n_m):
+        if numbers is not None and not (isinstance(numbers, list | tuple) and all(type(n) is int for n in numbers)):
+            return False
+    if shape is None or len(shape) != 2 or min(shape) < 1:
+        return False
+    if widths is not None and (not widths or list(widths) != sorted({w for w in widths if 1 <= w <= 8})):
+        return False
+    if values["layout"] != "pattern":
+        return n_m is None
+    return n_m is not None and len(n_m) == 2 and 0 < n_m[0] < n_m[1] <= _MAX_GROUP and shape[1] % n_m[1] == 0
 
 
 class PackedWeight(NamedTuple):

@@ -27,7 +27,7 @@ class ImportanceWeights:
     weight: float = 0.15
     """Mean absolute weight of the column."""
     output: float = 0.25
-    """Root mean square of weight times input."""
+    """Root mean square of the column times the channel's mean absolute input."""
     stability: float = 0.10
     """Variance of the channel's input."""
 
@@ -75,7 +75,7 @@ class Recipe:
     """Mean code bits per surviving weight, at most; None prunes only."""
     widths: Sequence[int] = (2, 3, 4, 6, 8)
     """Allowed bit widths per input channel, ascending, each from 1 to 8."""
-    allocation: Allocation = "quantile"
+    allocation: Allocation = "budget"
     """`uniform` (one width), `quantile` (channels ranked by score) or `budget` (least predicted error)."""
     importance: ImportanceWeights = field(default_factory=ImportanceWeights)
     """Weights of the five channel scores."""
@@ -111,8 +111,8 @@ class Recipe:
 
     def _check_bits(self) -> None:
         widths = tuple(self.widths)
-        if not widths or any(not 1 <= width <= MAX_BITS for width in widths):
-            raise ValueError(f"widths must be from 1 to {MAX_BITS}, got {list(widths)}")
+        if not widths or any(width not in range(1, MAX_BITS + 1) for width in widths):
+            raise ValueError(f"widths must be whole numbers from 1 to {MAX_BITS}, got {list(widths)}")
         if list(widths) != sorted(set(widths)):
             raise ValueError(f"widths must be ascending without repeats, got {list(widths)}")
         if self.allocation not in get_args(Allocation):

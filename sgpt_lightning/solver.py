@@ -7,7 +7,8 @@ whether a column loses weights and whether the rest of it is rounded to a grid.
 
 The mask is chosen inside the sweep, block by block, as SparseGPT does. Where it must be known before (mixed widths
 are paid for by the survivors of each channel, and act order takes N:M groups apart) a first sweep, pruning only,
-chooses it, and the second one keeps it.
+chooses it, and the second one keeps it. A row's range is that of its survivors where the mask is known before the
+sweep that quantizes, and that of the whole row otherwise, as in the published code; min-max ranges rarely differ.
 
 The matrix is held transposed, `[in_features, out_features]`, so that a column is contiguous. No step of the loop
 reads a tensor's value back to Python.
@@ -104,6 +105,7 @@ def compress_linear(
     check_pattern(recipe, weight.shape[1], name)
     hessian = statistics.second_moment
     factor = inverse_factor(hessian, recipe.damp_percent, name)
+    status = factor.status
     free = torch.where(factor.dead, 0, weight.float())
     importance = channel_importance(free, statistics, factor.inverse_diagonal, recipe.importance)
     rule = MaskRule(recipe.sparsity, recipe.n_m)
@@ -117,7 +119,10 @@ def compress_linear(
         widths = _choose_widths(recipe, importance, free.T, drop)
         survivors = free if drop is None else free.masked_fill(drop.T, 0)
         quantizer = (widths, fit_affine_grid(survivors, int(widths.max())))
-    solved = _ordered_sweep(free, hessian, factor, mask, quantizer, recipe)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if recipe.act_order else None
+    if order is not None:
+        factor = inverse_factor(hessian[order][:, order], factor.damp_percent, name)
+    solved = _ordered_sweep(free.T, factor, order, mask, quantizer, recipe.block_size)
     result = CompressedLinear(
         codes=None if solved.codes is None else solved.codes.T.contiguous(),
         values=solved.weight.T.to(storage_dtype).contiguous() if solved.codes is None else None,
@@ -128,7 +133,7 @@ def compress_linear(
         relative_error=float("nan"),
         importance_range=(float(importance.min()), float(importance.max())),
         damp_percent=factor.damp_percent,
-        status=factor.status,
+        status=status if factor.status == "ok" else factor.status,
     )
     return replace(result, relative_error=relative_error(weight.float(), result.weight(), hessian))
 
@@ -160,23 +165,21 @@ def _choose_widths(recipe: Recipe, importance: Tensor, weight_t: Tensor, drop: T
 
 
 def _ordered_sweep(
-    weight: Tensor,
-    hessian: Tensor,
+    weight_t: Tensor,
     factor: InverseFactor,
+    order: Tensor | None,
     mask: MaskRule | Tensor | None,
     quantizer: tuple[Tensor, AffineGrid] | None,
-    recipe: Recipe,
+    block_size: int,
 ) -> _Sweep:
-    """Sweep in the recipe's column order and return the result in the matrix's own order."""
-    if not recipe.act_order:
-        return _sweep(weight.T, factor.hinv_chol, mask, quantizer, recipe.block_size)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    permuted = inverse_factor(hessian[order][:, order], factor.damp_percent)
+    """Sweep the columns in `order`, in which `factor` is already, and return the result in the matrix's own order."""
+    if order is None:
+        return _sweep(weight_t, factor.hinv_chol, mask, quantizer, block_size)
     if isinstance(mask, Tensor):
         mask = mask[order]
     if quantizer is not None:
         quantizer = (quantizer[0][order], quantizer[1])
-    solved = _sweep(weight.T[order], permuted.hinv_chol, mask, quantizer, recipe.block_size)
+    solved = _sweep(weight_t[order], factor.hinv_chol, mask, quantizer, block_size)
     back = torch.argsort(order)
     codes = None if solved.codes is None else solved.codes[back]
     return _Sweep(solved.weight[back], solved.drop[back], codes)
@@ -214,7 +217,7 @@ def _sweep(
         if isinstance(mask, MaskRule) and not n_m:
             # The running total of removals is rounded, not each block's: k of the whole matrix is exact.
             size = weight.shape[1]
-            k = round(mask.sparsity * stop * size) - round(mask.sparsity * start * size)
+            k = round(mask.sparsity * (stop * size)) - round(mask.sparsity * (start * size))
             drop[start:stop] = lowest((block / diagonal[:, None]).square(), k)
         errors = torch.empty_like(block)
         for i in range(stop - start):

@@ -72,5 +72,7 @@ class InputStatistics:
 
     @property
     def variance(self) -> Tensor:
-        """Var x (population) as float64 `[in_features]`."""
-        return (self._sum_square / max(self.tokens, 1) - self.mean.square()).clamp_min(0)
+        """Var x (population) as float64 `[in_features]`; 0 where it is below the rounding of float32 squares."""
+        mean_square = self._sum_square / max(self.tokens, 1)
+        variance = mean_square - self.mean.square()
+        return torch.where(variance > torch.finfo(torch.float32).eps * mean_square, variance, 0)

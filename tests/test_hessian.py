@@ -98,7 +98,7 @@ def test_a_hessian_with_nan_or_inf_is_refused_by_name(bad):
 
 
 def test_an_indefinite_hessian_is_refused_by_name_and_never_replaced():
-    with pytest.raises(HessianError, match=r"layers\.3\.fc1 is not positive definite even with 100% damping"):
+    with pytest.raises(HessianError, match=r"layers\.3\.fc1 is not positive definite.* 100% damping"):
         inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01, "layers.3.fc1")
 
 

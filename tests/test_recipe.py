@@ -84,6 +84,7 @@ def test_a_rule_with_a_bad_value_is_refused_by_its_match():
 def test_the_last_matching_rule_wins_field_by_field():
     recipe = Recipe(
         sparsity=0.5,
+        allocation="quantile",
         rules=[
             LayerRule("*.fc2", sparsity=0.25, target_avg_bits=6),
             LayerRule("*.0.*", sparsity=0.75),

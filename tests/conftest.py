@@ -1,0 +1,54 @@
+"""Fixtures that more than one test file needs. References that share no code with the package are in `oracles.py`."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.solver import CompressedLinear, compress_linear
+from sgpt_lightning.statistics import InputStatistics
+
+
+def _collect(inputs: Tensor) -> InputStatistics:
+    statistics = InputStatistics(inputs.shape[-1])
+    statistics.add(inputs)
+    return statistics
+
+
+def _plain_recipe(**settings) -> Recipe:
+    """Nothing to do unless asked; small blocks, so that the lazy update of the sweep is at work."""
+    defaults = {"sparsity": 0.0, "target_avg_bits": None, "widths": tuple(range(1, 9)), "allocation": "uniform"}
+    return Recipe(**(defaults | {"block_size": 32} | settings))
+
+
+def _solve(weight: Tensor, inputs: Tensor, name: str = "", **settings) -> CompressedLinear:
+    return compress_linear(weight, _collect(inputs), _plain_recipe(**settings), name, torch.float32)
+
+
+@pytest.fixture
+def collect() -> Callable[[Tensor], InputStatistics]:
+    """Statistics of some inputs."""
+    return _collect
+
+
+@pytest.fixture
+def plain_recipe() -> Callable[..., Recipe]:
+    """A recipe that does only what its keywords say."""
+    return _plain_recipe
+
+
+@pytest.fixture
+def solve() -> Callable[..., CompressedLinear]:
+    """Solve a weight against inputs, survivors stored as float32; keywords are those of the recipe."""
+    return _solve
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For loops over small tensors, where a second thread only waits: 12 s became 2 s on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
