@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.blocks import find_decoder_blocks, weight_matrix
 from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibration_for, mean_error
-from sgpt_lightning.checkpoint import Manifest, check_target, save_compressed
+from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.run_report import (
@@ -72,7 +72,7 @@ class SparseGPTCallback(Callback):
 
         Raises:
             TypeError: the module is not a `CausalLMModule`.
-            ValueError: mixed precision, several processes, or a checkpoint to resume from.
+            ValueError: mixed precision, several processes, a checkpoint to resume from, or a compressed model.
             FileExistsError: the output directory exists and is not a compressed model.
         """
         if stage != "fit":
@@ -88,6 +88,8 @@ class SparseGPTCallback(Callback):
             raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
         if trainer.ckpt_path is not None:
             raise ValueError(f"resuming from a checkpoint is not supported, got ckpt_path={trainer.ckpt_path!r}")
+        if is_compressed_dir(Path(pl_module.path)):
+            raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
         check_target(self.target(trainer))
         trainer.num_sanity_val_steps = 0
         # Nothing is logged by step, but Lightning warns of epochs shorter than this. It sets the attribute late.

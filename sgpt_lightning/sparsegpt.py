@@ -65,10 +65,8 @@ class SparseGPT:
     ) -> None:
         if not isinstance(layer, nn.Linear | nn.Conv2d) and not is_conv1d(layer):
             raise TypeError(f"{layer_name or 'layer'} must be Linear, Conv1D or Conv2d, got {type(layer).__name__}")
-        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-            raise ValueError(
-                f"{layer_name or 'layer'} is a Conv2d with groups={layer.groups}; only groups=1 can be solved"
-            )
+        if isinstance(layer, nn.Conv2d):
+            _check_conv2d(layer, layer_name or "layer")
         self.layer = layer
         self.layer_name = layer_name
         self.stats_collector = stats_collector
@@ -165,9 +163,15 @@ class SparseGPT:
         """Return the patches that a Conv2d multiplies, `[batch * positions, in_features]`."""
         conv = self.layer
         assert isinstance(conv, nn.Conv2d)
-        if isinstance(conv.padding, str):
-            raise ValueError(
-                f"{self.layer_name or 'the layer'}: padding={conv.padding!r} is not supported, give numbers"
-            )
+        assert not isinstance(conv.padding, str)
         unfolded = nn.functional.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         return unfolded.transpose(1, 2).reshape(-1, self.columns)
+
+
+def _check_conv2d(conv: nn.Conv2d, name: str) -> None:
+    """Raise ValueError if `torch.nn.functional.unfold` would not give the patches that the layer multiplies."""
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ValueError(
+            f"{name} is a Conv2d with groups={conv.groups}, padding={conv.padding!r} and "
+            f"padding_mode={conv.padding_mode!r}; only groups=1, numbers and 'zeros' can be solved"
+        )

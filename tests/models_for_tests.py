@@ -104,3 +104,13 @@ def make_tokens(batch: int, time: int, seed: int = 0) -> Tensor:
 def make_batches(count: int, batch: int = 2, time: int = 12) -> list[dict[str, Tensor]]:
     """Make calibration batches without padding."""
     return [{"input_ids": make_tokens(batch, time, seed)} for seed in range(count)]
+
+
+def make_padded_batches(count: int) -> list[dict[str, Tensor]]:
+    """Make calibration batches of which all but the first hold padding on the right: 2, 4, ... tokens."""
+    batches = make_batches(count)
+    for index, batch in enumerate(batches[1:], start=1):
+        mask = torch.ones_like(batch["input_ids"])
+        mask[0, -2 * index :] = 0
+        batch["attention_mask"] = mask
+    return batches

@@ -85,6 +85,13 @@ def test_a_compressed_directory_validates_like_the_model_in_memory(run):
     assert found[0]["perplexity/python-docs"] == reported
 
 
+def test_compressing_a_compressed_model_again_is_refused(run, tmp_path):
+    again = CausalLMModule(str(run["directory"]), seq_len=SEQ_LEN)
+    with pytest.raises(ValueError, match="already compressed"):
+        trainer(tmp_path, SparseGPTCallback()).fit(again, data_module())
+    assert again.network is None
+
+
 def test_report_json_adds_up(run):
     report = json.loads((run["directory"].parent / "report.json").read_text())
     size = (run["directory"] / "model.safetensors").stat().st_size

@@ -43,9 +43,9 @@ def test_the_commands_run_in_order(tmp_path):
 
 def test_the_make_targets_exist_and_do_what_is_said():
     for target in re.findall(r"make ([\w-]+)", README):
-        run(["make", "--dry-run", target], ROOT)
-    assert "sgpt fit --config configs/demo.yaml" in run(["make", "--dry-run", "demo"], ROOT)
-    assert run(["make", "--dry-run", "test"], ROOT).splitlines()[-1].endswith("pytest -q")
+        run(["make", "--no-print-directory", "--dry-run", target], ROOT)
+    assert "sgpt fit --config configs/demo.yaml" in run(["make", "--no-print-directory", "--dry-run", "demo"], ROOT)
+    assert run(["make", "--no-print-directory", "--dry-run", "test"], ROOT).splitlines()[-1].endswith("pytest -q")
 
 
 def test_the_benchmark_of_the_table_runs(tmp_path):
