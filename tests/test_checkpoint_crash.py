@@ -94,7 +94,8 @@ def kill_at_every_step(root: Path) -> None:
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("crashes")
-    subprocess.run([sys.executable, "-W", "error", __file__, root], check=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "error", __file__, root], check=True, timeout=120, env=environment)
     return root
 
 

@@ -172,6 +172,19 @@ def test_a_target_gives_mixed_widths_that_meet_it(configure, method, target):
     assert max(len(column.unique()) for column in matrix(layer)) <= sum(2**b for b in set(compressed.widths.tolist()))
 
 
+def test_the_method_that_deals_the_widths_is_the_one_asked_for():
+    widths = {}
+    for method in ("uniform", "quantile", "budget"):
+        layer, inputs = make_layer("Linear")
+        solver = SparseGPT(layer)
+        solver.quantizer = Quantizer()
+        solver.add_batch(inputs)
+        solver.fasterprune(0.5, target_avg_bits=4, bit_allocation_method=method)
+        widths[method] = tuple(solver.compressed.widths.tolist())
+    assert set(widths["uniform"]) == {4}
+    assert len(set(widths.values())) == 3
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_configured_width_without_target_is_used_for_every_channel(bits):
     layer, inputs = make_layer("Linear")
