@@ -336,11 +336,15 @@ def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 def _sync(directory: Path) -> None:
     for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _previous(target: Path) -> Path:
@@ -352,6 +356,7 @@ def _replace_directory(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(_previous(target))
     partial.rename(target)
+    _sync_path(target.parent)
     shutil.rmtree(_previous(target), ignore_errors=True)
 
 

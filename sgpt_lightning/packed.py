@@ -13,6 +13,11 @@ own order, row by row; with a mask, only the survivors. Each run is packed witho
     weight_widths      uint8   per input channel: position in the ascending list of widths, ceil(log2(n)) bits;
                                absent when there is one width
 
+Matrices are `[out_features, in_features]`, also where the model holds them transposed (Conv1D). Bits are laid out as
+`bitpack.py` draws them. At `b` bits, with B the widest width in use, a code c stands for
+scale * (c - zero), scale = range / (2^b - 1), zero = round(zero_point * (2^b - 1) / (2^B - 1)), in float32, ties
+to even.
+
 No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
 trace in the result. Three layouts are priced and the cheapest is taken: `dense` (no mask; removed weights hold the
 zero point), `bitmap`, and `pattern` for N:M.
