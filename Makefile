@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-baseline clean
+.PHONY: demo test lint bench bench-quality clean
 
 demo: $(VENV)/installed
 	$(BIN)/sgpt fit --config configs/demo.yaml
@@ -20,10 +20,11 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python scripts/benchmark_solver.py
 
-# Perplexities of the published recipe; MODEL, CALIBRATION and EVALUATION choose model and text.
-bench-baseline: $(VENV)/installed
-	$(BIN)/python scripts/benchmark_baseline.py $(if $(MODEL),--model $(MODEL)) \
-	  $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION))
+# Perplexity over true bytes, this package and its rivals; MODEL, CALIBRATION, EVALUATION and SEEDS choose what is run.
+bench-quality: $(VENV)/installed
+	$(BIN)/python scripts/benchmark_quality.py $(if $(MODEL),--model $(MODEL)) \
+	  $(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION)) \
+	  $(if $(SEEDS),--seeds $(SEEDS))
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'

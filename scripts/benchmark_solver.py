@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.blocks import find_decoder_blocks, model_inputs, weight_matrix
-from sgpt_lightning.calibration import InputCollector
+from sgpt_lightning.collector import InputCollector
 from sgpt_lightning.models import load_tokenizer, resolve_model
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report import format_table
-from sgpt_lightning.solver import compress_linear, relative_error
+from sgpt_lightning.solver import compress_linear
 from sgpt_lightning.text import calibration_windows
 
 SPARSITY, BITS, BATCH, DAMP = 0.5, 4, 128, 0.01
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-fail", action="store_true", help="exit with 0 even if ours is slower")
     arguments = parser.parse_args(argv)
     model, collector = _calibrated(arguments.model, arguments.samples, arguments.device)
-    recipe = Recipe(sparsity=SPARSITY, target_avg_bits=BITS, allocation="uniform", damp_percent=DAMP)
+    recipe = Recipe(preset="sparsegpt", sparsity=SPARSITY, target_avg_bits=BITS, damp_percent=DAMP)
     seconds, errors = {"paper": 0.0, "ours": 0.0}, {"paper": 0.0, "ours": 0.0}
     linears = find_decoder_blocks(model).linears()
     for name, linear in linears.items():
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method, solve in solved.items():
             best, result = _best_time(solve, arguments.repeats, arguments.device)
             seconds[method] += best
-            errors[method] += relative_error(weight, result, hessian) / len(linears)
+            errors[method] += _relative_error(weight, result, hessian) / len(linears)
     rows = [(method, f"{seconds[method]:.2f}", f"{errors[method]:.5f}") for method in seconds]
     print(format_table((f"{len(linears)} linears, {arguments.device}", "seconds", "mean relative error"), rows))
     print(f"ours / paper: {seconds['ours'] / seconds['paper']:.2f}")
@@ -95,6 +95,11 @@ def _calibrated(name: str, samples: int, device: str) -> tuple[Any, InputCollect
         with collector.collecting(index):
             model(**model_inputs({"input_ids": window[None]}))
     return model, collector
+
+
+def _relative_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
+    difference = weight - result
+    return float((difference @ hessian * difference).sum() / (weight @ hessian * weight).sum())
 
 
 def _best_time(solve: Callable[[], Tensor], repeats: int, device: str) -> tuple[float, Tensor]:

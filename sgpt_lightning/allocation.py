@@ -1,7 +1,8 @@
-"""From scores and a budget to one bit width per input channel.
+"""From scores or losses and a budget to bit widths per channel, and from channels to a whole model.
 
-Both methods spend at most `target * sum(weights)` bits, where a channel costs its width times the number of weights
-that are stored in it (all of them in a dense matrix, the survivors in a pruned one), and stop within one step of it.
+Both methods for channels spend at most `target * sum(weights)` bits, where a channel costs its width times the number
+of weights that are stored in it (all of them in a dense matrix, the survivors in a pruned one), and stop within one
+step of it. A channel is a column for the input scores and a row for measured errors.
 
 `quantile` ranks the channels and cuts the ranking. Cuts at equal fifths of 2/3/4/6/8 would give 4.6 bits whatever was
 asked, so the fractions are tilted, share(b) ~ exp(t * b), with t such that the mean is the target: of all divisions
@@ -9,14 +10,19 @@ with that mean, this is the one nearest to equal shares (maximum entropy).
 
 `budget` minimises sum_j s_j^2 4^-b_j, the error of a uniform quantizer, by taking the upgrades of highest gain per
 bit (the greedy rule is optimal for convex curves up to the last step; Shoham and Gersho, IEEE TASSP 36(9), 1988).
+
+Over a model, each linear offers points (bits, loss) and one of them is taken (`choose_points`): a multiple-choice
+knapsack, solved exactly by dynamic programming over budget units (Kellerer, Pferschy and Pisinger, Knapsack Problems,
+2004, section 11.5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+BUDGET_UNITS = 20_000
 _ROUNDING = 1e-9
 
 
@@ -60,6 +66,65 @@ def allocate_budget(sensitivity: Tensor, widths: Sequence[int], target: float, c
             level[channel] += 1
             left -= price[channel, rung]
     return _widths_at(level, widths, sensitivity)
+
+
+def greedy_curve(errors: np.ndarray, counts: np.ndarray, widths: Sequence[int]) -> Callable[[float], float]:
+    """Return the least error as a function of the mean bits, when bits are dealt in order of gain.
+
+    Args:
+        errors: error of each channel at 0 bits; it falls by four with every bit, `[channels]`.
+        counts: stored weights per channel, `[channels]`.
+        widths: allowed widths in bits, ascending.
+
+    Returns:
+        A function of the mean bits per stored weight, linear between the steps.
+    """
+    ladder = np.asarray(widths, dtype=float)
+    stored = counts > 0
+    gain = np.outer(errors[stored], 4.0 ** -ladder[:-1] - 4.0 ** -ladder[1:]).ravel()
+    price = np.outer(counts[stored], np.diff(ladder)).ravel()
+    order = np.argsort(-gain / price, kind="stable")
+    total = max(float(counts.sum()), 1.0)
+    means = ladder[0] + np.concatenate([[0.0], np.cumsum(price[order])]) / total
+    left = float(errors[stored].sum()) * 4.0 ** -ladder[0] - np.concatenate([[0.0], np.cumsum(gain[order])])
+    return lambda mean: float(np.interp(mean, means, left))
+
+
+def choose_points(bits: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: float) -> list[int]:
+    """Take one point of each curve so that the sum of losses is least and the sum of bits is within the budget.
+
+    Bits are counted in units of `budget / BUDGET_UNITS` (at least 1), rounded up: the budget is never exceeded, and the
+    choice is the best one for costs that are whole units.
+
+    Args:
+        bits: price of each point, one array per linear.
+        losses: loss of each point, same shapes.
+        budget: in bits; at least the sum of the cheapest points.
+
+    Returns:
+        The index of the point taken, one per linear.
+    """
+    unit = max(budget / BUDGET_UNITS, 1.0)
+    # Counted above the cheapest point of each linear, so that rounding up costs little.
+    base = np.array([prices.min() for prices in bits])
+    units = int((budget - base.sum()) / unit * (1 + _ROUNDING) + _ROUNDING)
+    best = np.zeros(units + 1)
+    taken = []
+    for prices, costs, least in zip(bits, losses, base, strict=True):
+        steps = np.ceil((prices - least) / unit - _ROUNDING).astype(int)
+        offers = np.full((len(prices), units + 1), np.inf)
+        for row, (step, cost) in enumerate(zip(steps, costs, strict=True)):
+            if step <= units:
+                offers[row, step:] = best[: units + 1 - step] + cost
+        choice = offers.argmin(0)
+        best = offers[choice, np.arange(units + 1)]
+        taken.append((choice, steps))
+    chosen, at = [], units
+    for choice, steps in reversed(taken):
+        index = int(choice[at])
+        chosen.append(index)
+        at -= int(steps[index])
+    return chosen[::-1]
 
 
 def _tilted_shares(widths: np.ndarray, target: float) -> np.ndarray:

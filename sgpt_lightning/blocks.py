@@ -8,6 +8,7 @@ recorded per block, because families with sliding windows hand different masks t
 Torch only: `transformers.Conv1D` is told by its attributes.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -88,6 +89,14 @@ def weight_matrix(linear: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
+def add_to_bias(linear: nn.Module, shift: Tensor, storage_dtype: torch.dtype) -> None:
+    """Add `[out_features]` to the module's bias and round the sum to the dtype that it will be stored in."""
+    bias = linear.bias
+    assert isinstance(bias, Tensor)
+    bias.copy_((bias.float() + shift).to(storage_dtype))
+
+
+@torch.no_grad()
 def set_weight_matrix(linear: nn.Module, matrix: Tensor) -> None:
     """Write `[out_features, in_features]` into the module's weight, in its own dtype and layout."""
     weight = linear.weight
@@ -160,12 +169,7 @@ class BlockReplay:
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Run one block on a hidden state `[batch, time, hidden]` and return the next one."""
-        block = self._blocks[index]
-        if call.hidden_keyword is None:
-            output = block(hidden, *call.args, **call.kwargs)
-        else:
-            output = block(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return run_block(self._blocks[index], hidden, call)
 
     def _observe_return_types(self, inputs: dict[str, Any]) -> list[bool]:
         """Run the model once for real: some families return a tuple from a block, others a tensor."""
@@ -220,6 +224,53 @@ def _equal(known: Any, other: Any) -> bool:
     if isinstance(known, list | tuple):
         return len(known) == len(other) and all(map(_equal, known, other))
     return known is other or (isinstance(known, bool | int | float | str) and known == other)
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Run a block, or a copy of one, on a hidden state `[batch, time, hidden]` and return the next one."""
+    if call.hidden_keyword is None:
+        output = block(hidden, *call.args, **call.kwargs)
+    else:
+        output = block(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[str, nn.Module]:
+    """Find the linears whose outputs a block adds to its hidden state, and nothing else, by name within the block.
+
+    A pre-norm block returns hidden + attention output + feed-forward output; which linears these are is found by
+    trying: the sum must reproduce the block's output. Blocks that do anything else to the stream (norms behind the
+    sum, scaled residuals) have none.
+
+    Args:
+        block: a decoder block in eval mode.
+        hidden: any hidden state, `[batch, time, hidden]`.
+        call: the rest of the block's arguments.
+    """
+    linears = find_linears(block)
+    outputs: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.numel() == hidden.numel() and output.shape[-1] == hidden.shape[-1]:
+                outputs[name] = output.view_as(hidden).clone()  # Falcon adds to it in place
+
+        return hook
+
+    handles = [linear.register_forward_hook(remember(name)) for name, linear in linears.items()]
+    try:
+        change = run_block(block, hidden, call) - hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+    tolerance = 1e-3 * change.float().norm()
+    for size in range(1, min(len(outputs), 4) + 1):
+        for names in itertools.combinations(outputs, size):
+            if (change - sum(outputs[name] for name in names)).float().norm() <= tolerance:
+                return {name: linears[name] for name in names}
+    return {}
 
 
 @contextmanager

@@ -4,17 +4,22 @@
 compressed, so that each linear is solved for the inputs it will really receive (GPTQ, arXiv 2210.17323, section 4).
 Over a whole run each batch passes 2L - 1 blocks, against L^2 for re-running the half-compressed model.
 
+Where the recipe asks for it (`true_sequential`), the linears of a block are solved in the order in which they run, and
+the block is run again for each group of linears that share an input. Where the target is asymmetric (`alpha` > 0), the
+dense model's hidden states are carried beside, through a copy of each block made before it is compressed.
+
 `OneShotCalibration` watches every block during one pass of the dense model. It is cheaper and less exact: errors of
-earlier blocks are not seen by later ones, and all Hessians are held at once.
+earlier blocks are not seen by later ones, and all Hessians are held at once. Both settings above are without effect:
+there is one pass, and it is the dense model's.
 
 Both have the same three steps, so the Lightning callback and `compress` drive them alike: `epochs`, `observe` for
 every batch, `finish` after the last batch of an epoch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +27,21 @@ from torch import Tensor, nn
 from sgpt_lightning.blocks import (
     BlockReplay,
     PrologueOutput,
+    add_to_bias,
     find_decoder_blocks,
     model_inputs,
+    residual_writers,
+    run_block,
     set_weight_matrix,
     weight_matrix,
 )
+from sgpt_lightning.collector import DenseReference, InputCollector, ResidualStream, input_groups, watched_inputs
+from sgpt_lightning.gradients import OutputGradients
 from sgpt_lightning.packed import PackedWeight, pack_weight, unpack_weight
+from sgpt_lightning.plan import LinearJob, plan_model
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report import LinearReport, describe_linear
 from sgpt_lightning.solver import check_pattern, compress_linear
-from sgpt_lightning.statistics import InputStatistics
 
 Mode = Literal["sequential", "one-shot"]
 
@@ -44,67 +54,24 @@ class SolvedLinear:
     report: LinearReport
 
 
-class InputCollector:
-    """Gathers statistics of the inputs of some linears; linears that receive the same tensor share one.
+@dataclass(frozen=True)
+class Plans:
+    """What is to be done to each linear, by full name."""
 
-    Args:
-        linears: the linears to watch, by full name.
-    """
-
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
-        self._linears = linears
-        self._leader: dict[str, str] = {}
-        self._statistics: dict[str, InputStatistics] = {}
-
-    def statistics(self, name: str) -> InputStatistics:
-        """Return what the linear called `name` has seen; raises ValueError if it was never run."""
-        if name not in self._leader:
-            raise ValueError(f"{name} saw no token during calibration")
-        return self._statistics[self._leader[name]]
-
-    @contextmanager
-    def collecting(self, batch_index: int, token_mask: Tensor | None = None) -> Iterator[None]:
-        """Watch the linears while the body runs.
-
-        Args:
-            batch_index: for error messages.
-            token_mask: bool `[batch, time]`, False for tokens that count nowhere (padding).
-        """
-        seen: list[tuple[Tensor, str]] = []  # holds the inputs, so that no address is used twice in one pass
-
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                inputs = args[0]
-                if name not in self._leader:
-                    self._leader[name] = next((leader for tensor, leader in seen if tensor is inputs), name)
-                    seen.append((inputs, name))
-                if self._leader[name] == name:
-                    self._add(name, inputs.detach(), batch_index, token_mask)
-
-            return hook
-
-        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in self._linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _add(self, name: str, inputs: Tensor, batch_index: int, token_mask: Tensor | None) -> None:
-        if not bool(torch.isfinite(inputs).all()):
-            raise ValueError(f"{name} received NaN or inf in calibration batch {batch_index}")
-        tokens = inputs.reshape(-1, inputs.shape[-1])
-        if token_mask is not None:
-            tokens = tokens[token_mask.reshape(-1)]
-        if name not in self._statistics:
-            self._statistics[name] = InputStatistics(tokens.shape[-1], tokens.device)
-        self._statistics[name].add(tokens)
+    recipes: Mapping[str, Recipe]
+    """Settings resolved for each linear; linears that are left alone are missing."""
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """What an error of each output channel costs the loss, `[out_features]`; empty if gradients were not asked for."""
 
 
 class Calibration(Protocol):
     """What the callback and `compress` need of a way to calibrate."""
 
     epochs: int
+    preparation: int
+    """How many of the epochs come before the first that solves something."""
+    titles: Sequence[str]
+    """What each epoch is about, for people."""
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Take in one batch: `input_ids` `[batch, time]` and optionally `attention_mask`."""
@@ -119,56 +86,113 @@ class SequentialCalibration:
     Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
         self._decoder = find_decoder_blocks(model)
         self._replay = BlockReplay(model, self._decoder.blocks)
-        self._recipe = recipe
+        self._plans = plans
         self._storage_dtype = storage_dtype
         self._inputs: list[PrologueOutput] = []
         self._token_masks: list[Tensor | None] = []
-        self._collector = self._collector_of(0)
+        self._follows_dense = any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values())
+        self._dense_hidden: list[Tensor] = []
+        self._dense_block: nn.Module | None = None
+        self._groups: list[dict[str, nn.Module]] = []
+        self._writers: dict[str, nn.Module] = {}
+        self._collector = InputCollector({})
+        self.preparation = 0
         self.epochs = len(self._decoder.blocks)
+        self.titles: Sequence[str] = [f"block {number} of {self.epochs}" for number in range(1, self.epochs + 1)]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Carry the batch to the entrance of block `epoch`, then through it under watch."""
         if epoch == 0:
             self._inputs.append(self._replay.prologue(batch))
             self._token_masks.append(padding_mask(batch))
+            if self._follows_dense:
+                self._dense_hidden.append(self._inputs[-1].hidden)
         else:
             hidden, calls = self._inputs[batch_index]
             self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
-        hidden, calls = self._inputs[batch_index]
-        with self._collector.collecting(batch_index, self._token_masks[batch_index]):
-            self._replay.run(epoch, hidden, calls[epoch])
+        if batch_index == 0:
+            self._begin(epoch)
+        self._collect(epoch, batch_index, last=len(self._groups) == 1)
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
-        solved = solve_linears(self._linears(epoch), self._collector, self._recipe, self._storage_dtype)
-        if epoch + 1 < self.epochs:
-            self._collector = self._collector_of(epoch + 1)
-        else:
-            self._inputs.clear()
-            self._token_masks.clear()
-        return solved
+        solved: dict[str, SolvedLinear] = {}
+        for position, group in enumerate(self._groups):
+            if position:
+                self._collector = InputCollector(group)
+                for batch_index in range(len(self._inputs)):
+                    self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
+            solved |= solve_linears(group, self._collector, self._plans, self._storage_dtype)
+        self._dense_block = None
+        if epoch + 1 == self.epochs:
+            for kept in (self._inputs, self._token_masks, self._dense_hidden):
+                kept.clear()
+        return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
 
-    def _linears(self, index: int) -> dict[str, nn.Module]:
-        return _touched(self._recipe, self._decoder.linears(index))
+    def _begin(self, epoch: int) -> None:
+        """Find out which linears of the block share an input and when they run; keep a copy of the block."""
+        linears = _touched(self._plans.recipes, self._decoder.linears(epoch))
+        self._groups = [linears]
+        if any(self._plans.recipes[name].solve_parts.true_sequential for name in linears):
+            hidden, calls = self._inputs[0]
+            with watched_inputs(linears) as inputs:
+                self._replay.run(epoch, hidden, calls[epoch])
+            self._groups = input_groups(inputs, linears)
+        self._collector = InputCollector(self._groups[0] if self._groups else {})
+        if self._follows_dense:
+            block, (hidden, calls) = self._decoder.blocks[epoch], self._inputs[0]
+            self._dense_block = copy.deepcopy(block)
+            writers = residual_writers(block, hidden, calls[epoch])
+            self._writers = {f"{self._decoder.name(epoch)}.{name}": linear for name, linear in writers.items()}
 
-    def _collector_of(self, index: int) -> InputCollector:
-        return InputCollector(self._linears(index))
+    def _collect(self, epoch: int, batch_index: int, *, last: bool) -> None:
+        """Run the block under watch, and its dense copy beside it; `last` if no more groups of the block follow."""
+        hidden, calls = self._inputs[batch_index]
+        linears, reference, stream = self._collector.linears, None, ResidualStream(hidden)
+        if self._dense_block is not None:
+            reference = self._follow_dense(epoch, batch_index, stream, last=last)
+        if not linears:
+            return
+        with (
+            stream.following(self._writers),
+            self._collector.collecting(batch_index, self._token_masks[batch_index], reference),
+            watched_inputs(linears),
+        ):
+            self._replay.run(epoch, hidden, calls[epoch])
+
+    def _follow_dense(self, epoch: int, batch_index: int, stream: ResidualStream, *, last: bool) -> DenseReference:
+        """Run the block's dense copy as far as it is watched, or for the last group to its end and carry on."""
+        block, prefix = self._dense_block, f"{self._decoder.name(epoch)}."
+        assert block is not None
+
+        def copies(linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+            return {name: block.get_submodule(name.removeprefix(prefix)) for name in linears}
+
+        entered, call = self._dense_hidden[batch_index], self._inputs[batch_index].calls[epoch]
+        dense_stream = ResidualStream(entered)
+        watching = watched_inputs(copies(self._collector.linears), end_early=not last)
+        with dense_stream.following(copies(self._writers)), watching as inputs:
+            left = run_block(block, entered, call)
+        if last:
+            self._dense_hidden[batch_index] = left
+        return DenseReference(inputs, dense_stream, stream)
 
 
 class OneShotCalibration:
     """All blocks in one epoch, on the dense model's inputs."""
 
     epochs = 1
+    preparation = 0
+    titles: Sequence[str] = ("all blocks",)
 
-    def __init__(self, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
         self._model = model
-        self._linears = _touched(recipe, find_decoder_blocks(model).linears())
-        self._recipe = recipe
+        self._plans = plans
         self._storage_dtype = storage_dtype
-        self._collector = InputCollector(self._linears)
+        self._collector = InputCollector(_touched(plans.recipes, find_decoder_blocks(model).linears()))
 
     @torch.no_grad()
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
@@ -178,7 +202,53 @@ class OneShotCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve every linear."""
-        return solve_linears(self._linears, self._collector, self._recipe, self._storage_dtype)
+        return solve_linears(self._collector.linears, self._collector, self._plans, self._storage_dtype)
+
+
+class GuidedCalibration:
+    """One epoch of gradients and plans on the dense model, then another calibration that follows them."""
+
+    preparation = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        plans: Plans,
+        then: Callable[[Plans], Calibration],
+    ) -> None:
+        linears = _touched(plans.recipes, find_decoder_blocks(model).linears())
+        self._recipe = recipe
+        self._plans = plans
+        self._then = then
+        self._next = then(plans)
+        self._gradients = OutputGradients(model, linears)
+        self._collector = InputCollector(linears if recipe.scope == "model" else {})
+        self.epochs = 1 + self._next.epochs
+        self.titles: Sequence[str] = ["gradients of the dense model", *self._next.titles]
+
+    def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""
+        if epoch:
+            self._next.observe(epoch - 1, batch_index, batch)
+            return
+        with self._collector.collecting(batch_index, padding_mask(batch)):
+            self._gradients.observe(batch_index, batch)
+
+    def finish(self, epoch: int) -> dict[str, SolvedLinear]:
+        """Plan at the end of epoch 0; solve at the end of later ones."""
+        if epoch:
+            return self._next.finish(epoch - 1)
+        weights = {name: self._gradients.row_weights(name) for name in self._plans.recipes}
+        recipes = self._plans.recipes
+        if self._recipe.scope == "model":
+            jobs = {
+                name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
+                for name, linear in self._collector.linears.items()
+            }
+            recipes = plan_model(jobs)
+        self._next = self._then(Plans(recipes, weights))
+        return {}
 
 
 def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> Calibration:
@@ -190,7 +260,15 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
     if mode not in kinds:
         raise ValueError(f"calibration must be one of {', '.join(kinds)}, got {mode!r}")
     check_model(model, recipe)
-    return kinds[mode](model, recipe, storage_dtype)
+    found = {name: recipe.for_linear(name) for name in find_decoder_blocks(model).linears()}
+    plans = Plans({name: plan for name, plan in found.items() if plan is not None})
+
+    def start(plans: Plans) -> Calibration:
+        return kinds[mode](model, plans, storage_dtype)
+
+    if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
+        return GuidedCalibration(model, recipe, plans, start)
+    return start(plans)
 
 
 def compress(
@@ -254,22 +332,36 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
 
 
 def solve_linears(
-    linears: Mapping[str, nn.Module], collector: InputCollector, recipe: Recipe, storage_dtype: torch.dtype
+    linears: Mapping[str, nn.Module],
+    collector: InputCollector,
+    plans: "Plans",
+    storage_dtype: torch.dtype,
 ) -> dict[str, SolvedLinear]:
-    """Solve each linear, write the stored weight back into the module, and return what to store."""
+    """Solve each linear, write stored weight and bias back into the module, and return what to store.
+
+    Biases that take over a mean error are rounded to `storage_dtype`; they are stored with the rest of the model.
+    """
     solved = {}
     for name, linear in linears.items():
-        plan = recipe.for_linear(name)
-        assert plan is not None
-        compressed = compress_linear(weight_matrix(linear), collector.statistics(name), plan, name, storage_dtype)
+        compressed = compress_linear(
+            weight_matrix(linear),
+            collector.statistics(name),
+            plans.recipes[name],
+            name,
+            storage_dtype,
+            has_bias=getattr(linear, "bias", None) is not None,
+            row_weights=plans.row_weights.get(name),
+        )
         packed = pack_weight(compressed)
         set_weight_matrix(linear, unpack_weight(packed))
+        if compressed.bias_shift is not None:
+            add_to_bias(linear, compressed.bias_shift, storage_dtype)
         solved[name] = SolvedLinear(packed.to("cpu"), describe_linear(name, compressed, packed))
     return solved
 
 
-def _touched(recipe: Recipe, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: linear for name, linear in linears.items() if recipe.for_linear(name) is not None}
+def _touched(plans: Mapping[str, Recipe], linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: linear for name, linear in linears.items() if name in plans}
 
 
 def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """The Lightning callback: when to watch, when to solve, when to measure, and where the results go.
 
-Epoch k is block k (one epoch in all when calibration is one-shot). The solve runs when the last batch of an epoch has
+Epoch k is block k (one epoch in all when calibration is one-shot), after one epoch of gradients where the recipe uses
+them. The solve runs when the last batch of an epoch has
 ended and not in `on_train_epoch_end`: Lightning validates before that hook, so perplexities would lag one block and
 validation text would leak into the Hessians. Lightning's own validation schedule is switched off for the same reason;
 the callback runs the Trainer's validation loop itself: dense, compressed, and between blocks if asked.
@@ -103,6 +104,7 @@ class SparseGPTCallback(Callback):
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
         pl_module.calibration_step = self._observe(trainer)
+        pl_module.epoch_titles = self._calibration.titles
         trainer.fit_loop.max_epochs = self._calibration.epochs
         trainer.check_val_every_n_epoch = self._calibration.epochs + 1
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
@@ -126,8 +128,9 @@ class SparseGPTCallback(Callback):
             self._seconds["solve"] += time.perf_counter() - started
             self.solved |= solved
             done += 1
-            self._last_error = mean_error(solved.values())
-            log_linears(trainer.loggers, solved, done)
+            if solved:
+                self._last_error = mean_error(solved.values())
+                log_linears(trainer.loggers, solved, done - self._calibration.preparation)
         if self._last_error is not None:
             spent = self._seconds["calibrate"] + self._seconds["solve"]
             shown = {"error": self._last_error, "seconds_left": spent / max(done, 1) * (epochs - done)}
@@ -137,10 +140,11 @@ class SparseGPTCallback(Callback):
         """Measure the model with the block that was just solved, the last time always."""
         assert self._calibration is not None
         done = trainer.current_epoch + 1
+        blocks = done - self._calibration.preparation
         if done == self._calibration.epochs:
             self._measure("compressed", trainer, len(find_decoder_blocks(_network(pl_module)).blocks))
-        elif self.validate_every_block:
-            self._measure(f"after {done} blocks", trainer, done)
+        elif self.validate_every_block and blocks:
+            self._measure(f"after {blocks} blocks", trainer, blocks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the compressed model and the report, and log them."""

@@ -30,7 +30,7 @@ from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.packed import PackedWeight, WeightSpec, unpack_weight
 
 FORMAT = "sgpt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 MANIFEST = "sgpt_manifest.json"
 SHARD_INDEX = "model.safetensors.index.json"

@@ -39,6 +39,14 @@ class InverseFactor(NamedTuple):
         """The diagonal of (H + dI)^-1, float32 `[in_features]`."""
         return self.hinv_chol.square().sum(0)
 
+    def inverse(self) -> Tensor:
+        """Return (H + dI)^-1, float32 `[in_features, in_features]`."""
+        return self.hinv_chol.T @ self.hinv_chol
+
+    def damped(self, hessian: Tensor) -> Tensor:
+        """Return the matrix whose inverse this is, H + dI, for the H that it was made from."""
+        return _damped(hessian, self.dead, self.damp_percent)
+
 
 def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") -> InverseFactor:
     """Factor the inverse of a damped Hessian.
@@ -53,16 +61,11 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
     """
     if not bool(torch.isfinite(hessian).all()):
         raise HessianError(f"the Hessian of {name or 'the linear'} holds NaN or inf: an input overflowed")
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    mean_diagonal = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
-    live = torch.where(dead, mean_diagonal, diagonal)
+    dead = hessian.diagonal() <= 0
     for dtype in (torch.float32, torch.float64):
-        matrix = hessian.to(dtype, copy=True)
         percent = damp_percent
         while percent <= max(MAX_DAMP_PERCENT, damp_percent):
-            matrix.diagonal().copy_(live.to(dtype) + percent * mean_diagonal)
-            factor = _factor(matrix)
+            factor = _factor(_damped(hessian.to(dtype), dead, percent))
             if factor is not None:
                 status: DampStatus = "ok" if percent == damp_percent else "damped"
                 return InverseFactor(factor.float(), dead, percent, "float64" if dtype == torch.float64 else status)
@@ -71,6 +74,15 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
         f"the Hessian of {name or 'the linear'} is not positive definite, not even with {percent / 10:.0%} damping "
         "in float64"
     )
+
+
+def _damped(hessian: Tensor, dead: Tensor, percent: float) -> Tensor:
+    """Return a copy with the mean diagonal in place of dead entries, and `percent` of it on top of all."""
+    matrix = hessian.clone()
+    diagonal = matrix.diagonal()
+    mean = diagonal.double()[~dead].mean().nan_to_num(1.0).to(matrix.dtype)
+    diagonal.copy_(torch.where(dead, mean, diagonal) + percent * mean)
+    return matrix
 
 
 def _factor(matrix: Tensor) -> Tensor | None:

@@ -14,7 +14,6 @@ import torch
 import torchmetrics
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import cross_entropy
 
 ROWS = 256
 """Logit rows held as fp32 at a time: 51 MB for OPT's vocabulary of 50,272."""
@@ -56,7 +55,10 @@ def next_token_nll(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -
     for row in range(tokens.shape[0]):
         for start in range(0, targets.shape[1], ROWS):
             stop = min(start + ROWS, targets.shape[1])
-            nll = cross_entropy(logits[row, start:stop].float(), targets[row, start:stop], reduction="none")
+            scores = logits[row, start:stop].float()
+            # Not `cross_entropy`: torch's fp32 kernel for the CPU is biased by -1.5e-6 nats a token at 8,192 words.
+            chosen = scores.gather(1, targets[row, start:stop, None]).squeeze(1)
+            nll = torch.logsumexp(scores, 1) - chosen
             # Not a product: a masked window may well have NaN logits, and 0 * NaN is NaN.
             total += torch.where(counted[row, start:stop], nll, 0).sum(dtype=torch.float64)
     return total, counted.sum()

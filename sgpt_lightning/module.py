@@ -5,7 +5,7 @@ without it `global_step` would stay 0 and checkpoints, loggers and resumed runs 
 network is frozen; it changes only when the callback writes solved weights into it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class CausalLMModule(LightningModule):
     """The transformers model; loaded when the Trainer asks for it."""
     calibration_step: Callable[[Mapping[str, Tensor], int], None] | None
     """Set by `SparseGPTCallback`: takes a batch and its index."""
+    epoch_titles: Sequence[str]
+    """Set by `SparseGPTCallback`: what each epoch is about, for progress bars."""
     storage_dtype: torch.dtype
     """dtype of the checkpoint that the model came from; what is not packed is stored in it."""
 
@@ -76,6 +78,7 @@ class CausalLMModule(LightningModule):
         self.storage_dtype = _storage_dtype(config)
         self.tokenizer: Any = None
         self.calibration_step = None
+        self.epoch_titles = ()
         self.clock = nn.Parameter(torch.zeros(()))
         self.perplexities = nn.ModuleList()
 

@@ -1,42 +1,47 @@
 """The stored form of one weight matrix: tensors of bytes, and how many there are.
 
-Survivors are stored run by run, one run per bit width, widest first. A run holds the columns of its width in their
-own order, row by row; with a mask, only the survivors. Each run is packed without gaps and starts on a byte.
+Survivors are stored run by run, one run per bit width, widest first. A run holds the columns (or the rows, where
+`width_axis` is `output`) of its width in their own order, row by row; with a mask, only the survivors. Each run is
+packed without gaps and starts on a byte.
 
     weight_codes       uint8   the runs, one behind the other                (quantized)
     weight_values      float   the survivors, row by row                     (not quantized)
     weight_mask        uint8   `bitmap`: 1 bit a weight, 1 = survives
                                `pattern`: per group of M the rank of its zeros among all N-subsets of M, in
                                lexicographic order, ceil(log2(C(M, N))) bits
-    weight_range       float   per row: the interval that the codes span
-    weight_zero_point  uint8   per row: the code of zero at the widest width
-    weight_widths      uint8   per input channel: position in the ascending list of widths, ceil(log2(n)) bits;
+    weight_range       float   [out_features, segments]: the interval that the codes of a row and segment span
+    weight_zero_point  uint8   [out_features, segments]: the code of zero at the widest width  (grid `zero-point`)
+    weight_offset      float   [out_features, segments]: the lowest value or magnitude (grids `offset`, `zero-free`)
+    weight_widths      uint8   per column (row): position in the ascending list of widths, ceil(log2(n)) bits;
                                absent when there is one width
 
 Matrices are `[out_features, in_features]`, also where the model holds them transposed (Conv1D). Bits are laid out as
-`bitpack.py` draws them. At `b` bits, with B the widest width in use, a code c stands for
-scale * (c - zero), scale = range / (2^b - 1), zero = round(zero_point * (2^b - 1) / (2^B - 1)), in float32, ties
-to even.
+`bitpack.py` draws them. A segment is `group_size` consecutive columns; without groups it is the columns of one width,
+narrowest first, or all columns in the grid `zero-point` and where rows have widths. At `b` bits a code c stands for,
+in float32, each operation rounded,
+
+    zero-point  range / (2^b - 1) * (c - zero)         zero = round(zero_point * (2^b - 1) / (2^B - 1)), ties to even,
+                                                       with B the widest width in use
+    offset      range / (2^b - 1) * c + offset
+    zero-free   range / (2^(b-1) - 1) * k + offset     with k = c mod 2^(b-1); negated if c >= 2^(b-1); at 1 bit k = 0
 
 No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
 trace in the result. Three layouts are priced and the cheapest is taken: `dense` (no mask; removed weights hold the
-zero point), `bitmap`, and `pattern` for N:M.
+zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
 """
 
 import itertools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from sgpt_lightning.bitpack import pack_bits, packed_bytes, unpack_bits
-from sgpt_lightning.grids import AffineGrid, dequantize_columns
+from sgpt_lightning.grids import Grid, GridKind, WidthAxis, count_segments, dequantize_matrix
+from sgpt_lightning.layout import MAX_GROUP, Layout, code_bits, index_bits, smallest_layout
 from sgpt_lightning.solver import CompressedLinear
-
-Layout = Literal["dense", "bitmap", "pattern"]
-_MAX_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class WeightSpec:
     """Bit widths in use, ascending; None if not quantized."""
     n_m: tuple[int, int] | None
     """(N, M) of the `pattern` layout."""
+    grid: GridKind | None = None
+    """What codes stand for; None if not quantized."""
+    group_size: int | None = None
+    """Columns per segment; None if a row is not divided into groups."""
+    width_axis: WidthAxis = "input"
+    """What has a width of its own: `input` channels (columns) or `output` channels (rows)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -62,23 +73,32 @@ class WeightSpec:
         if not _is_spec(values):
             raise ValueError(f"not a weight specification: {values}")
         lists = {key: None if values[key] is None else tuple(values[key]) for key in ("shape", "widths", "n_m")}
-        return cls(layout=values["layout"], **lists)  # type: ignore[arg-type]
+        return cls(**(values | lists))
 
 
 def _is_spec(values: dict[str, Any]) -> bool:
-    if set(values) != {"shape", "layout", "widths", "n_m"} or values["layout"] not in get_args(Layout):
+    if set(values) != {"shape", "layout", "widths", "n_m", "grid", "group_size", "width_axis"}:
         return False
     shape, widths, n_m = (values[key] for key in ("shape", "widths", "n_m"))
     for numbers in (shape, widths, n_m):
         if numbers is not None and not (isinstance(numbers, list | tuple) and all(type(n) is int for n in numbers)):
             return False
-    if shape is None or len(shape) != 2 or min(shape) < 1:
-        return False
-    if widths is not None and (not widths or list(widths) != sorted({w for w in widths if 1 <= w <= 8})):
+    if shape is None or len(shape) != 2 or min(shape) < 1 or not _is_grid(values):
         return False
     if values["layout"] != "pattern":
-        return n_m is None
-    return n_m is not None and len(n_m) == 2 and 0 < n_m[0] < n_m[1] <= _MAX_GROUP and shape[1] % n_m[1] == 0
+        return n_m is None and values["layout"] in get_args(Layout)
+    return n_m is not None and len(n_m) == 2 and 0 < n_m[0] < n_m[1] <= MAX_GROUP and shape[1] % n_m[1] == 0
+
+
+def _is_grid(values: dict[str, Any]) -> bool:
+    widths, grid, group_size = values["widths"], values["grid"], values["group_size"]
+    if values["width_axis"] not in get_args(WidthAxis):
+        return False
+    if widths is None:
+        return grid is None and group_size is None
+    if not widths or list(widths) != sorted({w for w in widths if 1 <= w <= 8}) or grid not in get_args(GridKind):
+        return False
+    return group_size is None or (type(group_size) is int and group_size >= 1)
 
 
 class PackedWeight(NamedTuple):
@@ -103,7 +123,15 @@ def pack_weight(compressed: CompressedLinear) -> PackedWeight:
     used = None if widths is None else tuple(sorted(set(widths.tolist())))
     out_features, in_features = (compressed.codes if compressed.values is None else compressed.values).shape  # type: ignore[union-attr]
     layout = cheapest_layout(compressed)
-    spec = WeightSpec((out_features, in_features), layout, used, compressed.n_m if layout == "pattern" else None)
+    spec = WeightSpec(
+        (out_features, in_features),
+        layout,
+        used,
+        compressed.n_m if layout == "pattern" else None,
+        None if compressed.grid is None else compressed.grid.kind,
+        None if compressed.grid is None else compressed.grid.group_size,
+        "input" if compressed.grid is None else compressed.grid.axis,
+    )
     keep = None if layout == "dense" else compressed.keep
     tensors = {}
     if compressed.codes is None:
@@ -113,12 +141,12 @@ def pack_weight(compressed: CompressedLinear) -> PackedWeight:
         assert widths is not None
         assert used is not None
         assert compressed.grid is not None
-        tensors["weight_codes"] = _pack_runs(compressed.codes, keep, widths, used)
-        tensors["weight_range"] = compressed.grid.row_range
-        tensors["weight_zero_point"] = compressed.grid.zero_point
+        tensors["weight_codes"] = _pack_runs(compressed.codes, keep, widths, spec)
+        tensors["weight_range"] = compressed.grid.span
+        tensors[_origin_name(spec)] = compressed.grid.origin
         if len(used) > 1:
             positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
-            tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), _index_bits(len(used)))
+            tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), index_bits(len(used)))
     if keep is not None:
         tensors["weight_mask"] = _pack_mask(keep, spec)
     return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -131,7 +159,7 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
         ValueError: a tensor is missing or its size does not fit the specification.
     """
     spec, tensors = packed
-    expected = {"weight_values"} if spec.widths is None else {"weight_codes", "weight_range", "weight_zero_point"}
+    expected = {"weight_values"} if spec.widths is None else {"weight_codes", "weight_range", _origin_name(spec)}
     expected |= {"weight_mask"} if spec.layout != "dense" else set()
     expected |= {"weight_widths"} if spec.widths is not None and len(spec.widths) > 1 else set()
     if expected != set(tensors):
@@ -145,11 +173,18 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
             return values.view(spec.shape).float()
         return torch.zeros(spec.shape, dtype=torch.float32, device=values.device).masked_scatter_(keep, values.float())
     widths = _unpack_widths(tensors, spec)
-    row_range, zero_point = tensors["weight_range"], tensors["weight_zero_point"]
-    if row_range.shape != spec.shape[:1] or zero_point.shape != spec.shape[:1]:
-        raise ValueError(f"one range and one zero point per row are needed, got {row_range.shape}, {zero_point.shape}")
+    assert spec.grid is not None
+    span, origin = tensors["weight_range"], tensors[_origin_name(spec)]
+    expected_shape = (
+        spec.shape[0],
+        count_segments(spec.grid, spec.width_axis, spec.widths, spec.shape[1], spec.group_size),
+    )
+    if span.shape != expected_shape or origin.shape != expected_shape:
+        raise ValueError(f"ranges and origins must be {expected_shape} (per row), got {span.shape}, {origin.shape}")
     codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
-    weight = dequantize_columns(codes, widths, AffineGrid(row_range, zero_point, spec.widths[-1]))
+    weight = dequantize_matrix(
+        codes, widths, Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
+    )
     return weight if keep is None else weight.masked_fill_(~keep, 0)
 
 
@@ -158,62 +193,68 @@ def cheapest_layout(compressed: CompressedLinear) -> Layout:
     if compressed.keep is None:
         return "dense"
     keep = compressed.keep
+    shape = (keep.shape[0], keep.shape[1])
     if compressed.widths is None:
         assert compressed.values is not None
-        stored_bits = torch.full((keep.shape[1],), 8 * compressed.values.element_size())
-    else:
-        stored_bits = compressed.widths.long().cpu()
-    survivors = (keep.sum(0).cpu() * stored_bits).sum()
-    bits: dict[Layout, int] = {
-        "dense": int(keep.shape[0] * stored_bits.sum()),
-        "bitmap": keep.numel() + int(survivors),
-    }
-    n_m = compressed.n_m
-    if n_m and n_m[1] <= _MAX_GROUP and math.comb(n_m[1], n_m[0]) <= 256:
-        rank_bits = _index_bits(math.comb(n_m[1], n_m[0]))
-        bits["pattern"] = keep.numel() // n_m[1] * rank_bits + int(survivors)
-    return min(bits, key=lambda layout: bits[layout])
+        dense, masked = (8 * compressed.values.element_size() * int(n) for n in (keep.numel(), keep.sum()))
+        return smallest_layout(dense, masked, shape, compressed.n_m)[0]
+    assert compressed.grid is not None
+    widths, by_rows = compressed.widths.cpu(), compressed.grid.axis == "output"
+    kept = keep.sum(1 if by_rows else 0).cpu()
+    used = {bits: widths == bits for bits in torch.unique(widths).tolist()}
+    dense = code_bits({bits: shape[by_rows] * int(channels.sum()) for bits, channels in used.items()})
+    masked = code_bits({bits: int(kept[channels].sum()) for bits, channels in used.items()})
+    zero_is_a_code = compressed.grid.kind == "zero-point"
+    return smallest_layout(dense, masked, shape, compressed.n_m, zero_is_a_code=zero_is_a_code)[0]
 
 
-def _index_bits(count: int) -> int:
-    return max((count - 1).bit_length(), 1)
+def _origin_name(spec: WeightSpec) -> str:
+    return "weight_zero_point" if spec.grid == "zero-point" else "weight_offset"
 
 
-def _pack_runs(codes: Tensor, keep: Tensor | None, widths: Tensor, used: tuple[int, ...]) -> Tensor:
+def _pack_runs(codes: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:
     runs = []
-    for bits in reversed(used):
-        columns = widths == bits
-        run = codes[:, columns]
-        runs.append(pack_bits(run if keep is None else run[keep[:, columns]], bits))
+    assert spec.widths is not None
+    for bits in reversed(spec.widths):
+        run = _of_width(codes, widths == bits, spec)
+        runs.append(pack_bits(run if keep is None else run[_of_width(keep, widths == bits, spec)], bits))
     return torch.cat(runs)
 
 
 def _unpack_runs(packed: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:
     codes = torch.zeros(spec.shape, dtype=torch.uint8, device=packed.device)
+    stored = torch.ones_like(codes, dtype=torch.bool) if keep is None else keep
     offset = 0
     assert spec.widths is not None
     for bits in reversed(spec.widths):
-        columns = widths == bits
-        run_keep = None if keep is None else keep[:, columns]
-        count = spec.shape[0] * int(columns.sum()) if run_keep is None else int(run_keep.sum())
+        channels = widths == bits
+        run_keep = _of_width(stored, channels, spec)
+        count = int(run_keep.sum())
         size = packed_bytes(count, bits)
         run = unpack_bits(packed[offset : offset + size], bits, count)
         offset += size
-        if run_keep is None:
-            codes[:, columns] = run.view(spec.shape[0], -1)
+        spread = torch.zeros_like(run_keep, dtype=torch.uint8).masked_scatter_(run_keep, run)
+        if spec.width_axis == "output":
+            codes[channels] = spread
         else:
-            codes[:, columns] = torch.zeros_like(run_keep, dtype=torch.uint8).masked_scatter_(run_keep, run)
+            codes[:, channels] = spread
     if offset != packed.numel():
         raise ValueError(f"the codes take {offset} bytes, got {packed.numel()} bytes")
     return codes
+
+
+def _of_width(matrix: Tensor, channels: Tensor, spec: WeightSpec) -> Tensor:
+    """Return the columns, or the rows, of one width."""
+    return matrix[channels] if spec.width_axis == "output" else matrix[:, channels]
 
 
 def _unpack_widths(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
     assert spec.widths is not None
     used = torch.tensor(spec.widths, dtype=torch.uint8, device=tensors["weight_codes"].device)
     if len(spec.widths) == 1:
-        return used.expand(spec.shape[1])
-    positions = unpack_bits(tensors["weight_widths"], _index_bits(len(spec.widths)), spec.shape[1])
+        return used.expand(spec.shape[spec.width_axis == "input"])
+    channels = spec.shape[spec.width_axis == "input"]
+    positions = unpack_bits(tensors["weight_widths"], index_bits(len(spec.widths)), channels)
     if int(positions.max()) >= len(spec.widths):
         raise ValueError(f"a channel names width {int(positions.max())} of {len(spec.widths)}")
     return used[positions.long()]
@@ -235,7 +276,7 @@ def _pack_mask(keep: Tensor, spec: WeightSpec) -> Tensor:
     patterns = (_zero_patterns(n, m).to(keep.device) * place).sum(1)
     order = torch.argsort(patterns)
     found = torch.searchsorted(patterns[order], (keep.view(-1, m) * place).sum(1))
-    return pack_bits(order[found].to(torch.uint8), _index_bits(math.comb(m, n)))
+    return pack_bits(order[found].to(torch.uint8), index_bits(math.comb(m, n)))
 
 
 def _unpack_mask(packed: Tensor, spec: WeightSpec) -> Tensor:
@@ -243,7 +284,7 @@ def _unpack_mask(packed: Tensor, spec: WeightSpec) -> Tensor:
     if spec.n_m is None:
         return unpack_bits(packed, 1, count).bool().view(spec.shape)
     n, m = spec.n_m
-    ranks = unpack_bits(packed, _index_bits(math.comb(m, n)), count // m)
+    ranks = unpack_bits(packed, index_bits(math.comb(m, n)), count // m)
     if int(ranks.max()) >= math.comb(m, n):
         raise ValueError(f"rank {int(ranks.max())} names no pattern of {n} zeros in {m}")
     return _zero_patterns(n, m).to(packed.device)[ranks.long()].view(spec.shape)

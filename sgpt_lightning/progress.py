@@ -14,8 +14,9 @@ class CompressionProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Name the block."""
         super().on_train_epoch_start(trainer, *args)
-        of = f" of {trainer.max_epochs}" if trainer.max_epochs else ""
-        self.train_progress_bar.set_description(f"calibrate and solve, block {trainer.current_epoch + 1}{of}")
+        titles = getattr(trainer.lightning_module, "epoch_titles", ())
+        if titles:
+            self.train_progress_bar.set_description(f"calibrate and solve, {titles[trainer.current_epoch]}")
 
     def on_validation_batch_start(
         self,

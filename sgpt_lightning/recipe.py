@@ -3,17 +3,89 @@
 A recipe is plain data. It holds no tensors, knows no model, and checks itself when it is made, so that a bad value
 is reported before a model is loaded. `Recipe.for_linear` is the only place where names are matched.
 
+A preset names a published or own combination of the solve's parts; each part can be switched by name on top of it, so
+an ablation is a config:
+
+- `best`: all parts that measured better (`scripts/benchmark_quality.py`);
+- `sparsegpt`: the published SparseGPT (arXiv 2301.00774), with per-row min-max grids where it quantizes;
+- `gptq`: the same loop without pruning, which is GPTQ (arXiv 2210.17323).
+
 Left out on purpose: how calibration is run (see `callback.py`) and where results go (see `checkpoint.py`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-Allocation = Literal["uniform", "quantile", "budget"]
+Allocation = Literal["uniform", "quantile", "budget", "loss", "rows"]
+Preset = Literal["best", "sparsegpt", "gptq"]
+Scope = Literal["layer", "model"]
 MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the solve; the values here are those of the preset `best`, 0 and False switch a part off."""
+
+    centre: bool = True
+    """Let the bias carry the mean of the error, and solve for what varies (linears that have a bias)."""
+    alpha: float = 0.5
+    """How far the target moves from the weight (0) towards the best answer to the dense model's outputs (1)."""
+    stream_alpha: float = 0.5
+    """The same for the error that the residual stream already has where a linear writes into it; needs `alpha` > 0."""
+    gradients: bool = True
+    """Weigh the rows of a linear by what their error costs the model's loss (one backward pass of the dense model)."""
+    true_sequential: bool = True
+    """Collect the inputs of a block's linears anew when those before them are compressed."""
+    act_order: bool = True
+    """Solve the columns with the largest Hessian diagonal first."""
+    mask_steps: int = 30
+    """Steps of ADMM that choose the mask; without, a sweep chooses it."""
+    refit_steps: int = 20
+    """Steps of conjugate gradient that fit the survivors to the mask."""
+    zero_free: bool = True
+    """Spend no code on zero where a mask says what is zero."""
+    range_search: bool = True
+    """Search the range of each row instead of taking its minimum and maximum."""
+    descent_passes: int = 1
+    """Passes of coordinate descent over the codes, ranges refitted after each."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the part and the value."""
+        for name in ("alpha", "stream_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"parts.{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("mask_steps", "refit_steps", "descent_passes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"parts.{name} must not be negative, got {getattr(self, name)}")
+
+
+class _PresetValues(NamedTuple):
+    parts: Parts
+    sparsity: float
+    allocation: Allocation
+
+
+_PAPER = Parts(
+    centre=False,
+    alpha=0.0,
+    stream_alpha=0.0,
+    gradients=False,
+    true_sequential=False,
+    act_order=False,
+    mask_steps=0,
+    refit_steps=0,
+    zero_free=False,
+    range_search=False,
+    descent_passes=0,
+)
+PRESETS: dict[Preset, _PresetValues] = {
+    "best": _PresetValues(Parts(), 0.5, "rows"),
+    "sparsegpt": _PresetValues(_PAPER, 0.5, "uniform"),
+    "gptq": _PresetValues(_PAPER, 0.0, "uniform"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,24 +139,37 @@ class LayerRule:
 class Recipe:
     """One compression run: pruning, bit widths, solver settings, and exceptions by name."""
 
-    sparsity: float = 0.5
-    """Fraction of weights removed from each linear, in [0, 1)."""
+    preset: Preset = "best"
+    """`best`, `sparsegpt` or `gptq`: which parts the solve has; see the module's docstring."""
+    sparsity: float | None = None
+    """Fraction of weights removed from each linear, in [0, 1); None takes the preset's (0.5, for `gptq` 0)."""
     pattern: str | None = None
     """`N:M` (N zeros in every M consecutive inputs) instead of `sparsity`."""
     target_avg_bits: float | None = 4.0
     """Mean code bits per surviving weight, at most; None prunes only."""
+    target_bits_per_weight: float | None = None
+    """True bits per weight, at most: codes, masks, ranges and widths. If set, `target_avg_bits` is unused."""
     widths: Sequence[int] = (2, 3, 4, 6, 8)
     """Allowed bit widths per input channel, ascending, each from 1 to 8."""
-    allocation: Allocation = "budget"
-    """`uniform` (one width), `quantile` (channels ranked by score) or `budget` (least predicted error)."""
+    allocation: Allocation | None = None
+    """`uniform` (one width), `quantile` (input channels ranked by score), `budget` (least error predicted from their
+    scores), `loss` (least error predicted from the inverse Hessian) or `rows` (a width per output channel, least error
+    measured); None takes the preset's (`rows`, else `uniform`)."""
+    uniform_if_better: bool = True
+    """Solve with one width too where widths are mixed, and keep it if its error is not higher at no more bytes."""
+    scope: Scope = "layer"
+    """`layer` gives every linear the same budget; `model` deals bits and sparsity to the linears by what they cost the
+    model's loss."""
+    group_size: int | None = None
+    """Input channels that share a range; None gives a row one range per width."""
     importance: ImportanceWeights = field(default_factory=ImportanceWeights)
     """Weights of the five channel scores."""
     damp_percent: float = 0.01
     """Damping as a fraction of the mean Hessian diagonal (0.01 = 1 %)."""
     block_size: int = 128
     """Columns solved between two updates of the rest of the matrix."""
-    act_order: bool = False
-    """Solve the columns with the largest Hessian diagonal first."""
+    parts: Mapping[str, bool | int | float] = field(default_factory=dict, hash=False)
+    """Parts of the solve that differ from the preset's, by name; see `Parts`."""
     ignore: Sequence[str] = ()
     """Shell-style patterns of linears to leave alone."""
     rules: Sequence[LayerRule] = ()
@@ -94,14 +179,17 @@ class Recipe:
         """Raise ValueError naming the argument, the rule and the value."""
         for name in ("widths", "ignore", "rules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not 0 <= self.sparsity < 1:
+        _check_choice("preset", self.preset, Preset)
+        for name in ("sparsity", "allocation"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+        self._check_parts()
+        if not 0 <= self.zeros < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         if self.pattern is not None:
             parse_pattern(self.pattern)
         if not 0 < self.damp_percent <= 1:
             raise ValueError(f"damp_percent is a fraction in (0, 1], got {self.damp_percent}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
         self._check_bits()
         for rule in self.rules:
             try:
@@ -109,17 +197,33 @@ class Recipe:
             except ValueError as error:
                 raise ValueError(f"rule for {rule.match!r}: {error}") from error
 
+    def _check_parts(self) -> None:
+        known = [f.name for f in fields(Parts)]
+        unknown = sorted(set(self.parts) - set(known))
+        if unknown:
+            raise ValueError(f"parts must be among {', '.join(known)}, got {', '.join(unknown)}")
+        _ = self.solve_parts  # checks the values
+        for name in ("block_size", "group_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
     def _check_bits(self) -> None:
         widths = tuple(self.widths)
         if not widths or any(width not in range(1, MAX_BITS + 1) for width in widths):
             raise ValueError(f"widths must be whole numbers from 1 to {MAX_BITS}, got {list(widths)}")
         if list(widths) != sorted(set(widths)):
             raise ValueError(f"widths must be ascending without repeats, got {list(widths)}")
-        if self.allocation not in get_args(Allocation):
-            raise ValueError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {self.allocation!r}")
-        if self.target_avg_bits is None:
+        _check_choice("allocation", self.allocation, Allocation)
+        _check_choice("scope", self.scope, Scope)
+        if self.target_bits_per_weight is not None:
+            if not 0 < self.target_bits_per_weight <= 16:
+                raise ValueError(f"target_bits_per_weight must be in (0, 16], got {self.target_bits_per_weight:g}")
             return
-        if self.allocation == "uniform" and self.target_avg_bits not in widths:
+        if self.target_avg_bits is None:
+            if self.scope == "model":
+                raise ValueError("scope model needs a budget: set target_bits_per_weight or target_avg_bits, got None")
+            return
+        if self.allocation == "uniform" and self.scope == "layer" and self.target_avg_bits not in widths:
             raise ValueError(
                 f"target_avg_bits must be one of the widths {list(widths)} when allocation is uniform, "
                 f"got {self.target_avg_bits:g}"
@@ -137,6 +241,17 @@ class Recipe:
         return replace(self, rules=(), **overrides)  # type: ignore[arg-type]
 
     @property
+    def solve_parts(self) -> Parts:
+        """The parts of the solve: the preset's, with those of `parts` in their place."""
+        return replace(PRESETS[self.preset].parts, **self.parts)  # type: ignore[arg-type]
+
+    @property
+    def zeros(self) -> float:
+        """Fraction of weights removed where no pattern says otherwise."""
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
     def n_m(self) -> tuple[int, int] | None:
         """The pattern as (zeros, out of), or None when pruning is unstructured."""
         return None if self.pattern is None else parse_pattern(self.pattern)
@@ -144,12 +259,20 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         """Whether any weight is to be removed."""
-        return self.pattern is not None or self.sparsity > 0
+        return self.pattern is not None or self.zeros > 0
 
     @property
     def quantizes(self) -> bool:
         """Whether survivors are to be stored as codes."""
-        return self.target_avg_bits is not None
+        return self.target_avg_bits is not None or self.target_bits_per_weight is not None
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the solve can make something of gradients: rows compete for survivors or for bits."""
+        rows_compete = (self.prunes and self.pattern is None and self.solve_parts.mask_steps > 0) or (
+            self.quantizes and self.allocation == "rows"
+        )
+        return self.solve_parts.gradients and rows_compete
 
     def for_linear(self, name: str) -> "Recipe | None":
         """Return the settings for the linear called `name`, or None if it is to be left alone."""
@@ -165,6 +288,11 @@ class Recipe:
         """Return the `ignore` patterns and rules that match none of `names`."""
         patterns = [*self.ignore, *(rule.match for rule in self.rules)]
         return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def _check_choice(argument: str, value: object, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{argument} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from sgpt_lightning.packed import PackedWeight
 from sgpt_lightning.solver import CompressedLinear
 
@@ -22,7 +24,7 @@ class LinearReport:
     mean_bits: float | None
     """Mean code bits per surviving weight; None if not quantized."""
     bits_histogram: dict[int, int]
-    """Input channels per bit width; empty if not quantized."""
+    """Channels per bit width (output channels for the allocation `rows`, else input); empty if not quantized."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""
     relative_error: float
@@ -35,6 +37,8 @@ class LinearReport:
     """Bytes stored for the weight: codes, mask, ranges, zero points and widths."""
     layout: str
     """`dense`, `bitmap` or `pattern`."""
+    allocation: str | None
+    """How widths were dealt in the end; `uniform` where one width did better than what was asked for."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -48,22 +52,20 @@ class LinearReport:
 
 def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeight) -> LinearReport:
     """Gather the figures of one solved linear."""
-    out_features, in_features = packed.spec.shape
-    survivors = (
-        None if compressed.keep is None else compressed.keep.sum(0)  # per channel
-    )
-    kept = out_features * in_features if survivors is None else int(survivors.sum())
+    shape = packed.spec.shape
+    keep = torch.ones(shape, dtype=torch.bool) if compressed.keep is None else compressed.keep.cpu()
+    kept = int(keep.sum())
     mean_bits = None
     histogram: dict[int, int] = {}
     if compressed.widths is not None:
-        bits = compressed.widths.long()
-        spent = int(bits.sum()) * out_features if survivors is None else int((bits * survivors).sum())
+        bits = compressed.widths.cpu().long()
+        spent = int((bits * keep.sum(1 if packed.spec.width_axis == "output" else 0)).sum())
         mean_bits = spent / max(kept, 1)
         histogram = dict(sorted(Counter(bits.tolist()).items()))
     return LinearReport(
         name=name,
-        weights=out_features * in_features,
-        sparsity=1 - kept / (out_features * in_features),
+        weights=keep.numel(),
+        sparsity=1 - kept / keep.numel(),
         mean_bits=mean_bits,
         bits_histogram=histogram,
         importance_range=compressed.importance_range,
@@ -72,6 +74,7 @@ def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeigh
         status=compressed.status,
         bytes=packed.nbytes,
         layout=packed.spec.layout,
+        allocation=compressed.allocation,
     )
 
 
@@ -143,7 +146,17 @@ def mean_bits(linears: Iterable[LinearReport]) -> float | None:
     return statistics.fmean([linear.mean_bits or 0.0 for linear in quantized], weights=survivors)
 
 
-LINEAR_COLUMNS = ("layer", "sparsity", "mean bits", "true bits/weight", "importance", "rel. error", "damping", "layout")
+LINEAR_COLUMNS = (
+    "layer",
+    "sparsity",
+    "mean bits",
+    "true bits/weight",
+    "importance",
+    "rel. error",
+    "damping",
+    "layout",
+    "widths",
+)
 
 
 def linear_row(linear: LinearReport) -> tuple[str, ...]:
@@ -158,6 +171,7 @@ def linear_row(linear: LinearReport) -> tuple[str, ...]:
         f"{linear.relative_error:.4f}",
         f"{linear.damp_percent:g}" + ("" if linear.status == "ok" else f" ({linear.status})"),
         linear.layout,
+        linear.allocation or "",
     )
 
 

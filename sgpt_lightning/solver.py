@@ -1,17 +1,17 @@
 """One linear: mask, widths and codes in one solve.
 
-The column sweep is that of SparseGPT (arXiv 2301.00774, algorithm 1) and GPTQ (arXiv 2210.17323, algorithm 1): each
-column is rounded to what will be stored, and its error is fed forward to the columns that are still free through the
-Cholesky factor of the inverse Hessian. Pruning only, quantizing only and both are the same loop; what differs is
-whether a column loses weights and whether the rest of it is rounded to a grid.
+The order of things, where a part that the recipe switches off is left out (`Parts`):
 
-The mask is chosen inside the sweep, block by block, as SparseGPT does. Where it must be known before (mixed widths
-are paid for by the survivors of each channel, and act order takes N:M groups apart) a first sweep, pruning only,
-chooses it, and the second one keeps it. A row's range is that of its survivors where the mask is known before the
-sweep that quantizes, and that of the whole row otherwise, as in the published code; min-max ranges rarely differ.
+1. the objective: Hessian around the mean, target between the weight and the best answer (`objective.py`);
+2. the mask: chosen by ADMM (`masks.py`) or by a sweep, survivors refitted to it (`least_squares.py`);
+3. a width for each channel, paid for by its survivors (`allocation.py`);
+4. a grid for each row (`grids.py`, `ranges.py`);
+5. the sweep that rounds, columns in act order (`sweep.py`);
+6. descent over the codes and ranges refitted, in turn.
 
-The matrix is held transposed, `[in_features, out_features]`, so that a column is contiguous. No step of the loop
-reads a tensor's value back to Python.
+With all parts off this is the published SparseGPT: the mask is chosen inside the sweep that rounds, block by block, and
+a row's range is that of the whole row. Where the mask must be known before (mixed widths, act order with N:M
+groups, or a refit) a sweep that only prunes chooses it.
 """
 
 from dataclasses import dataclass, replace
@@ -21,19 +21,17 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.allocation import allocate_budget, allocate_quantile
-from sgpt_lightning.grids import AffineGrid, dequantize, dequantize_columns, fit_affine_grid, quantize
+from sgpt_lightning.budget import grid_kind, mean_code_bits, widest_width, width_axis
+from sgpt_lightning.grids import Grid, WidthAxis, dequantize_matrix, fit_affine_grid, quantize_matrix
 from sgpt_lightning.hessian import InverseFactor, inverse_factor
 from sgpt_lightning.importance import channel_importance
-from sgpt_lightning.masks import lowest, lowest_n_of_m
+from sgpt_lightning.least_squares import fit_survivors
+from sgpt_lightning.masks import MaskRule, refine_mask
+from sgpt_lightning.objective import Objective, make_objective
+from sgpt_lightning.ranges import refit_grid, search_grid
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.statistics import InputStatistics
-
-
-class MaskRule(NamedTuple):
-    """How the sweep chooses what to remove: a fraction of each block, or N of every M inputs."""
-
-    sparsity: float
-    n_m: tuple[int, int] | None = None
+from sgpt_lightning.sweep import Quantizer, Swept, descend, sweep
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,15 @@ class CompressedLinear:
     """What is left of one weight matrix, exactly as it will be stored, and how well it does."""
 
     codes: Tensor | None
-    """uint8 `[out_features, in_features]`; removed weights hold the zero point. None if not quantized."""
+    """uint8 `[out_features, in_features]`; where a weight is removed, that of zero or 0. None if not quantized."""
     values: Tensor | None
     """The weights in the storage dtype, `[out_features, in_features]`, if not quantized."""
     keep: Tensor | None
     """True where a weight survives, bool `[out_features, in_features]`. None if nothing was removed."""
     widths: Tensor | None
-    """Bits per input channel, uint8 `[in_features]`. None if not quantized."""
-    grid: AffineGrid | None
-    """Ranges and zero points of the rows. None if not quantized."""
+    """Bits per input channel, or per output channel where `grid.axis` says so, uint8. None if not quantized."""
+    grid: Grid | None
+    """Spans and origins of the rows. None if not quantized."""
     n_m: tuple[int, int] | None
     """(N, M) if every M consecutive inputs hold N zeros."""
     relative_error: float
@@ -60,6 +58,10 @@ class CompressedLinear:
     """Damping used, a fraction of the mean Hessian diagonal."""
     status: str
     """`ok`, `damped` or `float64`, see `hessian.py`."""
+    bias_shift: Tensor | None = None
+    """What the bias takes over, float32 `[out_features]`; None if the bias stays."""
+    allocation: str | None = None
+    """How widths were dealt in the end: `uniform` also where it did better than what was asked for."""
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
@@ -68,15 +70,76 @@ class CompressedLinear:
             return self.values.float()
         assert self.widths is not None
         assert self.grid is not None
-        return dequantize_columns(self.codes, self.widths, self.grid)
+        weight = dequantize_matrix(self.codes, self.widths, self.grid)
+        return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)
 
 
-class _Sweep(NamedTuple):
-    """Result of one sweep, inputs first: `[in_features, out_features]`."""
+class _Columns(NamedTuple):
+    """The columns in the order of the loops."""
+
+    order: Tensor | None
+    """Positions in the matrix, or None for the matrix's own order."""
+    factor: InverseFactor
+    """Of the damped Hessian, in that order."""
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """Return `[out_features, in_features]` as `[in_features, out_features]` in the loop's order."""
+        return matrix.T if self.order is None else matrix.T[self.order]
+
+    def put_back(self, matrix_t: Tensor) -> Tensor:
+        """Undo `take`."""
+        back = matrix_t if self.order is None else torch.empty_like(matrix_t).index_copy_(0, self.order, matrix_t)
+        return back.T.contiguous()
+
+    def permuted(self, hessian: Tensor) -> Tensor:
+        """Return `[in_features, in_features]` in the loop's order."""
+        return hessian if self.order is None else hessian[self.order][:, self.order]
+
+
+class _Start(NamedTuple):
+    """Where the rounding sweep starts from."""
 
     weight: Tensor
-    drop: Tensor
-    codes: Tensor | None
+    """float32 `[out_features, in_features]`."""
+    mask: MaskRule | Tensor | None
+    """What is removed (bool, True where removed), how to choose it, or nothing."""
+
+    @property
+    def survivors(self) -> Tensor:
+        """The weight with what is known to be removed at zero."""
+        return self.weight.masked_fill(self.mask, 0) if isinstance(self.mask, Tensor) else self.weight
+
+
+class _Quantized(NamedTuple):
+    stored: Tensor
+    """The weights that the codes stand for, float32 `[out_features, in_features]`."""
+    widths: Tensor
+    grid: Grid
+    drop: Tensor | None
+
+
+class _Problem(NamedTuple):
+    """What the steps of one solve share."""
+
+    objective: Objective
+    columns: _Columns
+    recipe: Recipe
+    importance: Tensor
+    """Score of each input channel, `[in_features]`."""
+    row_weights: Tensor
+    """What a unit of squared output error costs, `[out_features]`."""
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.objective.target.shape[0], self.objective.target.shape[1])
+
+    def row_costs(self, stored: Tensor) -> Tensor:
+        """Return each row's share of the weighted error, float64 `[out_features]`."""
+        residual = self.objective.target - stored
+        errors = (residual @ self.objective.damped * residual).sum(1, dtype=torch.float64)
+        return errors * self.row_weights
 
 
 @torch.no_grad()
@@ -86,6 +149,9 @@ def compress_linear(
     recipe: Recipe,
     name: str = "",
     storage_dtype: torch.dtype = torch.float16,
+    *,
+    has_bias: bool = False,
+    row_weights: Tensor | None = None,
 ) -> CompressedLinear:
     """Prune and quantize one weight matrix against the inputs it was seen to receive.
 
@@ -95,47 +161,74 @@ def compress_linear(
         recipe: settings, already resolved for this linear.
         name: the linear, for error messages.
         storage_dtype: dtype of the survivors when they are not quantized.
+        has_bias: whether the linear has a bias that may take over the mean of the error.
+        row_weights: what a unit of squared output error costs the model's loss, `[out_features]`; equal if None.
 
     Raises:
-        ValueError: the linear saw no token, or in_features is not divisible by M of an N:M pattern.
+        ValueError: the linear saw no token, in_features is not divisible by M of an N:M pattern, or the budget is
+            below what mask, ranges and the narrowest width take.
         HessianError: the Hessian cannot be inverted.
     """
-    if statistics.tokens == 0:
-        raise ValueError(f"{name or 'the linear'} saw no token during calibration")
     check_pattern(recipe, weight.shape[1], name)
-    hessian = statistics.second_moment
-    factor = inverse_factor(hessian, recipe.damp_percent, name)
-    status = factor.status
-    free = torch.where(factor.dead, 0, weight.float())
-    importance = channel_importance(free, statistics, factor.inverse_diagonal, recipe.importance)
-    rule = MaskRule(recipe.sparsity, recipe.n_m)
-    mixed = recipe.quantizes and recipe.allocation != "uniform"
-    mask: MaskRule | Tensor | None = rule if recipe.prunes else None
-    if mask is not None and (mixed or (recipe.act_order and rule.n_m)):
-        mask = _sweep(free.T, factor.hinv_chol, rule, None, recipe.block_size).drop
-    quantizer = None
+    parts = recipe.solve_parts
+    objective = make_objective(
+        weight.float(), statistics, parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
+    )
+    importance = channel_importance(objective.target, statistics, objective.factor.inverse_diagonal, recipe.importance)
+    natural = _Columns(None, objective.factor)
+    columns = _in_act_order(objective, name) if parts.act_order else natural
+    problem = _Problem(objective, columns, recipe, importance, _relative(row_weights, weight), name)
+    start = _choose_mask(problem, natural if recipe.n_m else columns)
+    solved, values = None, start.weight
     if recipe.quantizes:
-        drop = mask if isinstance(mask, Tensor) else None
-        widths = _choose_widths(recipe, importance, free.T, drop)
-        survivors = free if drop is None else free.masked_fill(drop.T, 0)
-        quantizer = (widths, fit_affine_grid(survivors, int(widths.max())))
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if recipe.act_order else None
-    if order is not None:
-        factor = inverse_factor(hessian[order][:, order], factor.damp_percent, name)
-    solved = _ordered_sweep(free.T, factor, order, mask, quantizer, recipe.block_size)
+        solved = _quantize(problem, start)
+        drop = solved.drop
+    else:
+        swept = _sweep(columns, start, None, recipe.block_size)
+        values, drop = columns.put_back(swept.weight), columns.put_back(swept.drop) if recipe.prunes else None
     result = CompressedLinear(
-        codes=None if solved.codes is None else solved.codes.T.contiguous(),
-        values=solved.weight.T.to(storage_dtype).contiguous() if solved.codes is None else None,
-        keep=~solved.drop.T.contiguous() if recipe.prunes else None,
-        widths=None if quantizer is None else quantizer[0],
-        grid=None if quantizer is None else quantizer[1],
-        n_m=rule.n_m,
+        codes=None if solved is None else quantize_matrix(solved.stored, solved.widths, solved.grid),
+        values=values.to(storage_dtype) if solved is None else None,
+        keep=None if drop is None else ~drop,
+        widths=None if solved is None else solved.widths,
+        grid=None if solved is None else solved.grid,
+        n_m=recipe.n_m,
         relative_error=float("nan"),
         importance_range=(float(importance.min()), float(importance.max())),
-        damp_percent=factor.damp_percent,
-        status=status if factor.status == "ok" else factor.status,
+        damp_percent=columns.factor.damp_percent,
+        status=objective.factor.status if columns.factor.status == "ok" else columns.factor.status,
+        allocation=None if solved is None else _allocation_used(recipe, solved.widths),
     )
-    return replace(result, relative_error=relative_error(weight.float(), result.weight(), hessian))
+    stored = result.weight()
+    return replace(result, relative_error=objective.relative_error(stored), bias_shift=objective.bias_shift(stored))
+
+
+class Trial(NamedTuple):
+    """What a solve would cost, row by row, float64 `[out_features]` each."""
+
+    pruning: Tensor
+    """Weighted error of the survivors before they are rounded."""
+    rounding: Tensor
+    """What rounding to `bits` adds to it."""
+    survivors: Tensor
+    """Weights that are left."""
+
+
+@torch.no_grad()
+def try_width(
+    weight: Tensor, statistics: InputStatistics, recipe: Recipe, row_weights: Tensor, bits: int, name: str = ""
+) -> Trial:
+    """Solve as far as is needed to know the errors that a mask and one width make; arguments as `compress_linear`."""
+    parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
+    objective = make_objective(weight.float(), statistics, parts, has_bias=True, damp_percent=recipe.damp_percent)
+    columns = _in_act_order(objective, name) if parts.act_order else _Columns(None, objective.factor)
+    importance = torch.ones(weight.shape[1], device=weight.device)
+    problem = _Problem(objective, columns, recipe, importance, row_weights.float(), name)
+    start = _choose_mask(problem, _Columns(None, objective.factor) if recipe.n_m else columns)
+    rounded = _round_to(problem, start, _same_width(start, bits), "input")
+    keep = torch.ones_like(rounded.stored) if rounded.drop is None else ~rounded.drop
+    pruning = problem.row_costs(start.survivors)
+    return Trial(pruning, problem.row_costs(rounded.stored) - pruning, keep.sum(1, dtype=torch.float64))
 
 
 def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:
@@ -147,92 +240,152 @@ def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:
         )
 
 
-def relative_error(weight: Tensor, compressed: Tensor, hessian: Tensor) -> float:
-    """Squared output error over squared output: tr(D H D') / tr(W H W') with D = weight - compressed."""
-    difference = weight - compressed
-    error = (difference @ hessian * difference).sum(dtype=torch.float64)
-    total = (weight @ hessian * weight).sum(dtype=torch.float64)
-    return float(error / total) if float(total) > 0 else 0.0
+def _in_act_order(objective: Objective, name: str) -> _Columns:
+    order = torch.argsort(objective.hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(objective.hessian[order][:, order], objective.factor.damp_percent, name)
+    return _Columns(order, factor)
 
 
-def _choose_widths(recipe: Recipe, importance: Tensor, weight_t: Tensor, drop: Tensor | None) -> Tensor:
-    assert recipe.target_avg_bits is not None
+def _sweep(columns: _Columns, start: _Start, quantizer: Quantizer | None, block_size: int) -> Swept:
+    mask = columns.take(start.mask) if isinstance(start.mask, Tensor) else start.mask
+    return sweep(columns.take(start.weight), columns.factor.hinv_chol, mask, quantizer, block_size)
+
+
+def _relative(row_weights: Tensor | None, weight: Tensor) -> Tensor:
+    """Return row weights with mean 1, float32 `[out_features]`; no row counts less than a thousandth of the mean."""
+    if row_weights is None:
+        return torch.ones(len(weight), device=weight.device)
+    weights = row_weights.to(device=weight.device, dtype=torch.float32)
+    return (weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(1e-3)
+
+
+def _choose_mask(problem: _Problem, columns: _Columns) -> _Start:
+    """Choose the mask and fit the survivors to it, as far as that comes before the rounding sweep."""
+    objective, recipe = problem.objective, problem.recipe
+    if not recipe.prunes:
+        return _Start(objective.target, None)
+    parts, rule = recipe.solve_parts, MaskRule(recipe.zeros, recipe.n_m)
+    mixed = recipe.quantizes and recipe.allocation != "uniform"
+    if not (mixed or parts.mask_steps or parts.refit_steps or (parts.act_order and recipe.n_m)):
+        return _Start(objective.target, rule)
+    damped = objective.damped
+    if parts.mask_steps:
+        # A row's error counts by its weight, and errors are squares of weights. ADMM ends as well from what each weight
+        # costs alone as from a sweep's mask (30.28 and 30.28 at 50 % on opt-mini), which takes a column loop.
+        weighted = objective.target * problem.row_weights.sqrt()[:, None]
+        drop = rule.removed(weighted.square() / objective.factor.inverse_diagonal)
+        drop = refine_mask(weighted, damped, drop, rule, parts.mask_steps)
+    else:
+        swept = _sweep(columns, _Start(objective.target, rule), None, recipe.block_size)
+        drop = columns.put_back(swept.drop)
+    if not parts.refit_steps:
+        return _Start(objective.target, drop)
+    return _Start(fit_survivors(objective.target, damped, drop, parts.refit_steps), drop)
+
+
+def _quantize(problem: _Problem, start: _Start) -> _Quantized:
+    """Deal widths and round; where widths are mixed, try one width for all as well and keep the better."""
+    recipe = problem.recipe
+    uniform = None
+    if recipe.allocation in ("uniform", "rows") or recipe.uniform_if_better:
+        uniform = _round_to(
+            problem, start, _same_width(start, widest_width(recipe, problem.shape, problem.name)), "input"
+        )
     if recipe.allocation == "uniform":
-        return torch.full_like(importance, int(recipe.target_avg_bits), dtype=torch.uint8)
-    counts = torch.full_like(importance, weight_t.shape[1]) if drop is None else (~drop).sum(1)
-    allocate = allocate_budget if recipe.allocation == "budget" else allocate_quantile
-    return allocate(importance, recipe.widths, recipe.target_avg_bits, counts)
+        assert uniform is not None
+        return _descend(problem, uniform)
+    mixed = _round_to(problem, start, _deal_widths(problem, start, uniform), width_axis(recipe))
+    if uniform is not None and recipe.uniform_if_better:
+        costs = [float(problem.row_costs(rounded.stored).sum()) for rounded in (uniform, mixed)]
+        if costs[0] <= costs[1]:
+            return _descend(problem, uniform)
+    return _descend(problem, mixed)
 
 
-def _ordered_sweep(
-    weight_t: Tensor,
-    factor: InverseFactor,
-    order: Tensor | None,
-    mask: MaskRule | Tensor | None,
-    quantizer: tuple[Tensor, AffineGrid] | None,
-    block_size: int,
-) -> _Sweep:
-    """Sweep the columns in `order`, in which `factor` is already, and return the result in the matrix's own order."""
-    if order is None:
-        return _sweep(weight_t, factor.hinv_chol, mask, quantizer, block_size)
-    if isinstance(mask, Tensor):
-        mask = mask[order]
-    if quantizer is not None:
-        quantizer = (quantizer[0][order], quantizer[1])
-    solved = _sweep(weight_t[order], factor.hinv_chol, mask, quantizer, block_size)
-    back = torch.argsort(order)
-    codes = None if solved.codes is None else solved.codes[back]
-    return _Sweep(solved.weight[back], solved.drop[back], codes)
+def _same_width(start: _Start, bits: int) -> Tensor:
+    """Return one width for all columns, uint8 `[in_features]`."""
+    return torch.full((start.weight.shape[1],), bits, dtype=torch.uint8, device=start.weight.device)
 
 
-def _sweep(
-    weight_t: Tensor,
-    hinv_chol: Tensor,
-    mask: MaskRule | Tensor | None,
-    quantizer: tuple[Tensor, AffineGrid] | None,
-    block_size: int,
-) -> _Sweep:
-    """Solve the columns in order, `[in_features, out_features]` in and out; see the module's docstring.
+def _deal_widths(problem: _Problem, start: _Start, uniform: _Quantized | None) -> Tensor:
+    """Return the bits of each input channel, or of each output channel where rows have widths, uint8."""
+    recipe, survivors, axis = problem.recipe, start.survivors, width_axis(problem.recipe)
+    across = 1 if axis == "output" else 0
+    if isinstance(start.mask, Tensor):
+        counts = survivors.shape[across] - start.mask.sum(across)
+    else:
+        counts = torch.full((survivors.shape[1 - across],), survivors.shape[across], device=survivors.device)
+    target = mean_code_bits(recipe, problem.shape, axis, recipe.widths, problem.name)
+    if recipe.allocation == "rows":
+        assert uniform is not None
+        # What removal costs, no bits can mend; the survivors are fitted, so what rounding adds is the difference.
+        rounding = problem.row_costs(uniform.stored) - problem.row_costs(survivors)
+        return allocate_budget(rounding.clamp_min(0).sqrt(), recipe.widths, target, counts)
+    if recipe.allocation == "loss":
+        return allocate_budget(_sensitivity(problem.objective, survivors), recipe.widths, target, counts)
+    allocate = allocate_quantile if recipe.allocation == "quantile" else allocate_budget
+    return allocate(problem.importance, recipe.widths, target, counts)
 
-    Args:
-        weight_t: float32 weights, inputs first.
-        hinv_chol: upper triangular factor of the inverse Hessian, `[in_features, in_features]`.
-        mask: what to remove: given (bool, True where removed), a rule, or nothing.
-        quantizer: bits per column with the rows' grid, or None to leave survivors unrounded.
-        block_size: columns per block; rounded down to whole N:M groups.
+
+def _sensitivity(objective: Objective, survivors: Tensor) -> Tensor:
+    """Return sqrt(sum of squared row spans over the channel's survivors / [H^-1]_jj), float64 `[in_features]`.
+
+    The sweep's error is sum_ij e_ij^2 / [H^-1]_jj to first order, and a rounding error e_ij is in proportion to the
+    span of its row.
     """
-    weight = weight_t.clone(memory_format=torch.contiguous_format)
-    columns = weight.shape[0]
-    drop = mask.clone() if isinstance(mask, Tensor) else torch.zeros_like(weight, dtype=torch.bool)
-    codes = None if quantizer is None else torch.empty_like(weight, dtype=torch.uint8)
-    column_bits = [] if quantizer is None else quantizer[0].tolist()
-    scales = {} if quantizer is None else {bits: quantizer[1].at(bits) for bits in set(column_bits)}
-    n_m = mask.n_m if isinstance(mask, MaskRule) else None
-    if n_m:
-        block_size = max(block_size - block_size % n_m[1], n_m[1])
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, factor = weight[start:stop], hinv_chol[start:stop, start:stop]
-        diagonal = factor.diagonal()
-        if isinstance(mask, MaskRule) and not n_m:
-            # The running total of removals is rounded, not each block's: k of the whole matrix is exact.
-            size = weight.shape[1]
-            k = round(mask.sparsity * (stop * size)) - round(mask.sparsity * (start * size))
-            drop[start:stop] = lowest((block / diagonal[:, None]).square(), k)
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            if n_m and i % n_m[1] == 0:
-                group = slice(i, i + n_m[1])
-                drop[start:stop][group] = lowest_n_of_m((block[group] / diagonal[group, None]).square(), *n_m)
-            stored = block[i].masked_fill(drop[start + i], 0)
-            if codes is not None:
-                bits = column_bits[start + i]
-                scale, zero_point = scales[bits]
-                code = quantize(stored, scale, zero_point, bits)
-                codes[start + i] = code
-                stored = dequantize(code, scale, zero_point)
-            torch.div(block[i] - stored, diagonal[i], out=errors[i])
-            block[i] = stored
-            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        weight[stop:].addmm_(hinv_chol[start:stop, stop:].T, errors, alpha=-1)
-    return _Sweep(weight, drop, codes)
+    spans = survivors.amax(1) - survivors.amin(1)
+    squared = (spans.square()[:, None] * (survivors != 0)).sum(0, dtype=torch.float64)
+    return (squared / objective.factor.inverse_diagonal.double()).sqrt()
+
+
+def _round_to(problem: _Problem, start: _Start, widths: Tensor, axis: WidthAxis) -> _Quantized:
+    """Fit grids for the given widths and sweep."""
+    recipe, columns = problem.recipe, problem.columns
+    parts, kind = recipe.solve_parts, grid_kind(recipe)
+    if kind == "zero-point":
+        grid = fit_affine_grid(start.survivors, int(widths.max()), recipe.group_size)._replace(axis=axis)
+    else:
+        diagonal = problem.objective.damped.diagonal()
+        grid = search_grid(
+            kind,
+            start.survivors,
+            diagonal,
+            widths,
+            axis=axis,
+            group_size=recipe.group_size,
+            search=parts.range_search,
+        )
+    refit_groups = kind == "zero-point" and recipe.group_size is not None and not parts.act_order
+    quantizer = Quantizer(grid, widths, start.weight.shape[1], columns.order, refit_groups)
+    swept = _sweep(columns, start, quantizer, recipe.block_size)
+    drop = columns.put_back(swept.drop) if recipe.prunes else None
+    return _Quantized(columns.put_back(swept.weight), widths, quantizer.grid, drop)
+
+
+def _descend(problem: _Problem, rounded: _Quantized) -> _Quantized:
+    """Improve codes and ranges in turn."""
+    recipe, columns, objective = problem.recipe, problem.columns, problem.objective
+    stored, widths, grid, drop = rounded
+    damped = objective.damped
+    for _ in range(recipe.solve_parts.descent_passes):
+        descended = descend(
+            columns.take(stored),
+            columns.take(objective.target),
+            columns.permuted(damped),
+            None if drop is None else columns.take(drop),
+            Quantizer(grid, widths, stored.shape[1], columns.order),
+            recipe.block_size,
+        )
+        codes = quantize_matrix(columns.put_back(descended), widths, grid)
+        if grid.kind != "zero-point":
+            grid = refit_grid(grid, codes, widths, None if drop is None else ~drop, objective.target, damped)
+        stored = dequantize_matrix(codes, widths, grid)
+        if drop is not None:
+            stored.masked_fill_(drop, 0)
+    return _Quantized(stored, widths, grid, drop)
+
+
+def _allocation_used(recipe: Recipe, widths: Tensor) -> str:
+    """Return how widths were dealt in the end."""
+    assert recipe.allocation is not None
+    return "uniform" if len(torch.unique(widths)) == 1 else recipe.allocation

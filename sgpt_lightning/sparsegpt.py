@@ -2,18 +2,19 @@
 
 A script that does `from sparsegpt import SparseGPT` and `from quant import Quantizer` keeps working when both come
 from here. What changes: a mask has exactly the asked number of zeros, tokens are counted one by one, a Hessian that
-cannot be inverted raises, and widths can be mixed under a budget.
+cannot be inverted raises, and widths can be mixed under a budget. The solve is the preset `sparsegpt` of `Recipe`: the
+parts that need more than one layer's inputs (dense stream, gradients) have no place in this interface.
 """
 
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.blocks import is_conv1d, set_weight_matrix, weight_matrix
 from sgpt_lightning.packed import pack_weight
-from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.recipe import Allocation, Recipe
 from sgpt_lightning.report import LinearReport, QuantizationStats, describe_linear
 from sgpt_lightning.solver import CompressedLinear, compress_linear
 from sgpt_lightning.statistics import InputStatistics
@@ -103,7 +104,7 @@ class SparseGPT:
         blocksize: int = 128,
         percdamp: float = 0.01,
         target_avg_bits: float | None = None,
-        bit_allocation_method: Literal["uniform", "quantile", "budget"] = "quantile",
+        bit_allocation_method: Allocation = "quantile",
     ) -> None:
         """Solve the layer and write the result into it.
 
@@ -122,6 +123,8 @@ class SparseGPT:
         """
         started = time.perf_counter()
         recipe = Recipe(
+            preset="sparsegpt",
+            uniform_if_better=False,
             sparsity=sparsity,
             pattern=None if (prunen, prunem) == (0, 0) else f"{prunen}:{prunem}",
             block_size=blocksize,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.recipe import PRESETS, Recipe
 from sgpt_lightning.solver import CompressedLinear, compress_linear
 from sgpt_lightning.statistics import InputStatistics
 
@@ -18,9 +18,13 @@ def _collect(inputs: Tensor) -> InputStatistics:
 
 
 def _plain_recipe(**settings) -> Recipe:
-    """Nothing to do unless asked; small blocks, so that the lazy update of the sweep is at work."""
-    defaults = {"sparsity": 0.0, "target_avg_bits": None, "widths": tuple(range(1, 9)), "allocation": "uniform"}
-    return Recipe(**(defaults | {"block_size": 32} | settings))
+    """The published solve, nothing to do unless asked; parts are switched by their names.
+
+    Small blocks, so that the lazy update of the sweep is at work.
+    """
+    parts = {name: settings.pop(name) for name in list(settings) if hasattr(PRESETS["best"].parts, name)}
+    defaults = {"preset": "sparsegpt", "sparsity": 0.0, "target_avg_bits": None, "widths": tuple(range(1, 9))}
+    return Recipe(**(defaults | {"block_size": 32, "uniform_if_better": False, "parts": parts} | settings))
 
 
 def _solve(weight: Tensor, inputs: Tensor, name: str = "", **settings) -> CompressedLinear:

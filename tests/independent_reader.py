@@ -1,6 +1,6 @@
-"""A second reader of the file format, version 1: numpy and safetensors, written from the description in `packed.py`.
+"""A second reader of the file format, version 2: numpy and safetensors, written from the description in `packed.py`.
 
-Bits within bytes are those of `bitpack.py`'s drawing, scale and zero point those of `grids.py`'s first paragraph.
+Bits within bytes are those of `bitpack.py`'s drawing.
 Nothing of the package is imported, so that a reader and a writer who are wrong in the same way are found out.
 """
 
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 1)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 2)
     tensors: dict[str, Array] = {}
     for file in manifest["files"]:
         tensors |= load_file(directory / file)
@@ -41,22 +41,40 @@ def _weight(spec: dict[str, Any], parts: dict[str, Array]) -> Array:
         weight[keep] = parts["weight_values"].reshape(-1)  # row by row
         return weight
     widths = _widths(spec, parts.get("weight_widths"))
-    row_range = parts["weight_range"].astype(np.float32)
-    zero_at_widest = parts["weight_zero_point"].astype(np.float32)
+    by_rows = spec["width_axis"] == "output"
+    width_of = np.broadcast_to(widths[:, None] if by_rows else widths[None, :], (rows, columns))
+    if spec["group_size"]:
+        segment_of = np.arange(columns) // spec["group_size"]
+    elif by_rows or spec["grid"] == "zero-point":
+        segment_of = np.zeros(columns, dtype=int)
+    else:
+        segment_of = np.searchsorted(spec["widths"], widths)
+    span = parts["weight_range"].astype(np.float32)
+    origin = parts["weight_zero_point" if spec["grid"] == "zero-point" else "weight_offset"].astype(np.float32)
     bits_read = 0
     for bits in reversed(spec["widths"]):  # widest run first
-        chosen = keep & (widths == bits)[None, :]
+        chosen = keep & (width_of == bits)
         count = int(chosen.sum())
         bits_read += -bits_read % 8  # each run starts on a byte
         codes = _unpack(parts["weight_codes"], bits, count, bits_read)
         bits_read += bits * count
-        top = 2**bits - 1
-        scale = row_range / np.float32(top)
-        zero = np.round(zero_at_widest * np.float32(top / (2 ** spec["widths"][-1] - 1)))  # half to even
-        row = np.nonzero(chosen)[0]  # numpy walks row by row, as the file does
-        weight[chosen] = scale[row] * (codes.astype(np.float32) - zero[row])
+        row, column = np.nonzero(chosen)  # numpy walks row by row, as the file does
+        at = row, segment_of[column]
+        weight[chosen] = _values(spec, bits, codes, span[at], origin[at])
     assert math.ceil(bits_read / 8) == parts["weight_codes"].size
     return weight
+
+
+def _values(spec: dict[str, Any], bits: int, codes: Array, span: Array, origin: Array) -> Array:
+    if spec["grid"] == "zero-point":
+        top = 2**bits - 1
+        zero = np.round(origin * np.float32(top / (2 ** spec["widths"][-1] - 1)))  # half to even
+        return span / np.float32(top) * (codes.astype(np.float32) - zero)
+    if spec["grid"] == "offset":
+        return span / np.float32(2**bits - 1) * codes.astype(np.float32) + origin
+    half = 2 ** (bits - 1)
+    size = span / np.float32(max(half - 1, 1)) * (codes % half).astype(np.float32) + origin
+    return np.where(codes >= half, -size, size)
 
 
 def _mask(spec: dict[str, Any], stored: Array | None) -> Array:
@@ -74,10 +92,11 @@ def _mask(spec: dict[str, Any], stored: Array | None) -> Array:
 
 def _widths(spec: dict[str, Any], stored: Array | None) -> Array:
     used = np.array(spec["widths"])
+    channels = spec["shape"][0 if spec["width_axis"] == "output" else 1]
     if stored is None:
         assert len(used) == 1
-        return np.repeat(used, spec["shape"][1])
-    return used[_unpack(stored, math.ceil(math.log2(len(used))), spec["shape"][1])]
+        return np.repeat(used, channels)
+    return used[_unpack(stored, math.ceil(math.log2(len(used))), channels)]
 
 
 def _unpack(packed: Array, bits: int, count: int, first_bit: int = 0) -> Array:

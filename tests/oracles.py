@@ -120,3 +120,51 @@ def output_error(weight: Tensor, compressed: Tensor, inputs: Tensor) -> float:
     x = inputs.double().reshape(-1, inputs.shape[-1])
     dense = x @ weight.double().T
     return float((x @ compressed.double().T - dense).square().sum() / dense.square().sum())
+
+
+def restricted_solve(target: Tensor, hessian: Tensor, drop: Tensor) -> Tensor:
+    """The W of least tr((W - T) H (W - T)') among those that are zero where `drop` is True, row by row in float64."""
+    best = torch.zeros(target.shape, dtype=torch.float64)
+    pull = target.double() @ hessian.double()
+    for row, keep in enumerate(~drop):
+        best[row, keep] = torch.linalg.solve(hessian.double()[keep][:, keep], pull[row, keep])
+    return best
+
+
+def row_errors(weight: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """(w - t) H (w - t)' of each row, float64 `[out_features]`."""
+    difference = weight.double() - target.double()
+    return (difference @ hessian.double() * difference).sum(1)
+
+
+def levels(kind: str, bits: int, span: float, origin: float, max_bits: int) -> list[float]:
+    """The value of every code of a grid, from the table at the head of `grids.py`, in double precision."""
+    if kind == "zero-free":
+        half = 2 ** (bits - 1)
+        sizes = [origin + span / max(half - 1, 1) * k for k in range(half)]
+        return sizes + [-size for size in sizes]
+    top = 2**bits - 1
+    if kind == "offset":
+        return [origin + span / top * code for code in range(top + 1)]
+    zero = round(origin * top / (2**max_bits - 1))
+    return [span / top * (code - zero) for code in range(top + 1)]
+
+
+def gptq_in_groups(weight: Tensor, hessian: Tensor, bits: int, group_size: int, *, running: bool = True) -> Tensor:
+    """GPTQ (arXiv 2210.17323, algorithm 1) with a min-max grid per row and group, column by column in float64.
+
+    A group's grid is fitted when its first column is reached: to the weights as they are then, with all errors of the
+    columns before fed forward, or to the weights as they came if not `running`. Its interval is kept in float16.
+    """
+    w = weight.double().clone()
+    columns = w.shape[1]
+    factor = textbook_factor(damped(hessian))
+    for j in range(columns):
+        if j % group_size == 0:
+            group = (w if running else weight.double())[:, j : j + group_size]
+            scale, zero_point = affine_grid(group, bits, torch.float16)
+        stored = round_to_grid(w[:, j : j + 1], scale, zero_point, bits)[:, 0]
+        error = (w[:, j] - stored) / factor[j, j]
+        w[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+        w[:, j] = stored
+    return w

@@ -9,20 +9,21 @@ import sgpt_lightning
 
 PACKAGE = Path(sgpt_lightning.__file__).parent
 RANKS = {
-    0: ("recipe", "statistics", "hessian", "bitpack", "metrics", "models"),
-    1: ("grids", "masks", "importance", "allocation", "blocks", "text"),
-    2: ("solver", "data"),
-    3: ("packed",),
-    4: ("report",),
-    5: ("calibration", "sparsegpt"),
-    6: ("checkpoint",),
-    7: ("module", "run_report"),
-    8: ("callback", "progress"),
-    9: ("cli",),
-    10: ("__main__",),
+    0: ("recipe", "statistics", "hessian", "bitpack", "metrics", "models", "grids", "least_squares"),
+    1: ("masks", "importance", "allocation", "blocks", "text", "layout", "ranges", "objective", "collector"),
+    2: ("sweep", "data", "gradients", "budget"),
+    3: ("solver",),
+    4: ("packed", "plan"),
+    5: ("report",),
+    6: ("calibration", "sparsegpt"),
+    7: ("checkpoint",),
+    8: ("module", "run_report"),
+    9: ("callback", "progress"),
+    10: ("cli",),
+    11: ("__main__",),
 }
 RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
-CORE = [module for module, rank in RANK.items() if rank <= 3 and module not in ("metrics", "models", "text", "data")]
+CORE = [module for module, rank in RANK.items() if rank <= 4 and module not in ("metrics", "models", "text", "data")]
 
 
 def imported(module: str) -> set[str]:

@@ -40,7 +40,7 @@ def own_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[li
 
     handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].register_forward_hook(leaving))
-    logits = model(**batch).logits
+    logits = model(**batch, use_cache=False).logits  # as replay: with a cache, keys are laid out differently
     for handle in handles:
         handle.remove()
     return states, logits
@@ -61,7 +61,7 @@ def logits_from(model: PreTrainedModel, batch: Mapping[str, Tensor], last_hidden
         return (last_hidden, *output[1:]) if isinstance(output, tuple) else last_hidden
 
     handle = find_decoder_blocks(model).blocks[-1].register_forward_hook(replace)
-    logits = model(**batch).logits
+    logits = model(**batch, use_cache=False).logits  # as replay: with a cache, keys are laid out differently
     handle.remove()
     return logits
 

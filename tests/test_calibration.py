@@ -19,7 +19,7 @@ from sgpt_lightning.statistics import InputStatistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ["sequential", "one-shot"]
-RECIPE = Recipe(sparsity=0.5, target_avg_bits=4.0)
+RECIPE = Recipe(preset="sparsegpt", allocation="budget", target_avg_bits=4.0)
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def solves(monkeypatch) -> dict[str, InputStatistics]:
     """Records which statistics each linear is solved with."""
     seen: dict[str, InputStatistics] = {}
 
-    def spy(weight, statistics, recipe, name, storage_dtype):
+    def spy(weight, statistics, recipe, name, storage_dtype, **rest):
         seen[name] = statistics
-        return compress_linear(weight, statistics, recipe, name, storage_dtype)
+        return compress_linear(weight, statistics, recipe, name, storage_dtype, **rest)
 
     monkeypatch.setattr(sgpt_lightning.calibration, "compress_linear", spy)
     return seen
@@ -118,7 +118,7 @@ def test_padding_leaves_the_statistics_of_the_text_alone(family, side, mode, sol
     parts, mask = ([padding, tokens], [zeros, ones]) if side == "left" else ([tokens, padding], [ones, zeros])
     padded = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(mask, 1)}
     nothing = {"input_ids": torch.full((2, 13), 7), "attention_mask": torch.zeros(2, 13, dtype=torch.int64)}
-    recipe = Recipe(sparsity=0.0, target_avg_bits=8, allocation="uniform")  # no mask whose ties rounding could flip
+    recipe = Recipe(preset="gptq", target_avg_bits=8)  # no mask whose ties rounding could flip
     compress(make_model(family), [{"input_ids": tokens}], recipe, mode=mode)
     expected = dict(solves)
     compress(make_model(family), [padded, nothing], recipe, mode=mode)
@@ -143,7 +143,7 @@ def test_ignore_and_rules_are_followed_to_the_entry():
     model = make_model("opt")
     before = copy.deepcopy(model.state_dict())
     recipe = Recipe(
-        sparsity=0.5,
+        preset="sparsegpt",
         target_avg_bits=None,
         ignore=["*.0.fc2", "*.out_proj"],
         rules=[

@@ -26,7 +26,11 @@ RECIPES = {
     "mixed-widths": Recipe(sparsity=0.5, target_avg_bits=3.5),
     "pattern": Recipe(pattern="2:4", target_avg_bits=4.0, allocation="quantile"),
     "quantized": Recipe(sparsity=0.0, target_avg_bits=3, allocation="uniform"),
-    "low-sparsity": Recipe(sparsity=0.05, target_avg_bits=3, allocation="uniform"),
+    "row-widths": Recipe(sparsity=0.0, target_avg_bits=3.5, uniform_if_better=False),
+    "groups": Recipe(sparsity=0.0, target_avg_bits=3.5, allocation="loss", group_size=12, uniform_if_better=False),
+    "channel-widths": Recipe(target_avg_bits=3.5, allocation="loss", uniform_if_better=False),
+    "one-bit": Recipe(target_avg_bits=1.5, widths=(1, 2, 4)),
+    "low-sparsity": Recipe(preset="sparsegpt", sparsity=0.05, target_avg_bits=3),
     "pruned": Recipe(sparsity=0.5, target_avg_bits=None),
     "pruned-pattern": Recipe(pattern="3:4", target_avg_bits=None),
     "partly": Recipe(sparsity=0.5, ignore=["*.1.*"]),
@@ -99,6 +103,7 @@ def test_a_reader_written_from_the_description_finds_the_same_weights(family, re
     assert_independent_reader_agrees(tmp_path / "out", model)
     layouts = {entry["spec"]["layout"] for entry in manifest.linears.values()}
     expected = {"pattern": "pattern", "pruned-pattern": "pattern", "quantized": "dense", "low-sparsity": "dense"}
+    expected |= {"row-widths": "dense", "groups": "dense"}
     assert layouts == {expected.get(recipe, "bitmap")}
 
 
@@ -147,7 +152,7 @@ def test_bits_per_weight_count_every_stored_byte_of_the_linears(tmp_path):
     ledger = save(tmp_path / "out", "opt", "quantized")[1].ledger
     per_block = 4 * 32 * 32 + 2 * 32 * 64
     assert ledger.linear_weights == 2 * per_block
-    ranges = 2 * (5 * 32 + 64) * (2 + 1)  # a float16 range and a uint8 zero point per row
+    ranges = 2 * (5 * 32 + 64) * (2 + 2)  # a float16 range and a float16 offset per row
     assert ledger.linears == 2 * per_block * 3 // 8 + ranges
     assert ledger.linear_bits_per_weight == 8 * ledger.linears / (2 * per_block)
     assert ledger.file_bits_per_weight == 8 * ledger.file / ledger.parameters

@@ -5,15 +5,15 @@ import pytest
 import torch
 from oracles import affine_grid, random_weight
 
-from sgpt_lightning.grids import AffineGrid, dequantize, dequantize_columns, fit_affine_grid, quantize
+from sgpt_lightning.grids import Grid, dequantize_matrix, fit_affine_grid
 
 WIDTHS = range(1, 9)
 
 
-def rounded(weight: torch.Tensor, grid: AffineGrid, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, zero_point = (part[:, None] for part in grid.at(bits))
-    codes = quantize(weight, scale, zero_point, bits)
-    return codes, dequantize(codes, scale, zero_point)
+def rounded(weight: torch.Tensor, grid: Grid, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = grid.at(bits)
+    codes = scale.quantize(weight)
+    return codes, scale.dequantize(codes)
 
 
 def odd_rows() -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_zero_is_on_the_grid_exactly_for_every_width(bits, max_bits):
 def test_every_weight_goes_to_the_nearest_code(bits):
     weight = odd_rows()
     grid = fit_affine_grid(weight, bits)
-    scale, zero_point = (part.double()[:, None, None] for part in grid.at(bits))
+    scale, zero_point = (part.double()[:, None] for part in (grid.at(bits).step, grid.at(bits).base))
     candidates = scale * (torch.arange(2**bits, dtype=torch.float64) - zero_point)
     nearest = (weight.double()[:, :, None] - candidates).abs().amin(2)
     error = (weight - rounded(weight, grid, bits)[1]).double().abs()
@@ -58,10 +58,10 @@ def test_every_weight_goes_to_the_nearest_code(bits):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_one_width_is_the_min_max_grid(bits):
     weight = odd_rows()[[0, 1, 2, 4, 5, 6, 7]]
-    scale, zero_point = fit_affine_grid(weight, bits).at(bits)
+    _, _, scale, zero_point = fit_affine_grid(weight, bits).at(bits)
     expected_scale, expected_zero = affine_grid(weight.double(), bits, torch.float16)
-    np.testing.assert_allclose(scale.double()[:, None], expected_scale, rtol=1e-6)  # one float32 division
-    assert (zero_point[:, None] - expected_zero.clamp(0, 2**bits - 1)).abs().max() == 0
+    np.testing.assert_allclose(scale.double(), expected_scale, rtol=1e-6)  # one float32 division
+    assert (zero_point - expected_zero.clamp(0, 2**bits - 1)).abs().max() == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -69,8 +69,8 @@ def test_no_weight_is_further_than_half_a_step_away(bits):
     weight = odd_rows()
     grid = fit_affine_grid(weight, bits)
     # Half a step by rounding, half a step by rounding the zero point, and 2^-11 of the range by storing it in float16.
-    limit = grid.at(bits)[0] + grid.row_range.float() * 2**-11
-    assert ((weight - rounded(weight, grid, bits)[1]).abs() <= limit[:, None]).all()
+    limit = grid.at(bits).step + grid.span.float() * 2**-11
+    assert ((weight - rounded(weight, grid, bits)[1]).abs() <= limit).all()
 
 
 def test_all_zero_rows_stay_zero_and_one_signed_rows_keep_their_sign():
@@ -90,8 +90,8 @@ def test_all_zero_rows_stay_zero_and_one_signed_rows_keep_their_sign():
 def test_ranges_are_float16_unless_they_overflow_or_underflow_it(factor, dtype):
     weight = random_weight(5, 30) * factor
     grid = fit_affine_grid(weight, 8)
-    assert grid.row_range.dtype == dtype
-    assert grid.zero_point.dtype == torch.uint8
+    assert grid.span.dtype == dtype
+    assert grid.origin.dtype == torch.uint8
     error = (weight - rounded(weight, grid, 8)[1]).norm() / weight.norm()
     assert 0 < error < 0.01  # steps of 1/255 of a range of about 4 sigma: 0.5 % rms
 
@@ -99,9 +99,9 @@ def test_ranges_are_float16_unless_they_overflow_or_underflow_it(factor, dtype):
 def test_one_range_serves_all_widths():
     grid = fit_affine_grid(random_weight(5, 30), 8)
     for bits in WIDTHS:
-        scale, zero_point = grid.at(bits)
-        np.testing.assert_allclose(scale * (2**bits - 1), grid.row_range.float(), rtol=1e-6)
-        exact = grid.zero_point.double() * (2**bits - 1) / 255
+        _, _, scale, zero_point = grid.at(bits)
+        np.testing.assert_allclose(scale * (2**bits - 1), grid.span.float(), rtol=1e-6)
+        exact = grid.origin.double() * (2**bits - 1) / 255
         assert ((zero_point - exact).abs() <= 0.5).all()
 
 
@@ -110,10 +110,10 @@ def test_columns_are_dequantized_by_their_own_width():
     widths = torch.tensor([2, 8, 3, 4] * 6, dtype=torch.uint8)
     grid = fit_affine_grid(weight, 8)
     codes = torch.stack([rounded(weight, grid, int(b))[0][:, j] for j, b in enumerate(widths)], 1).to(torch.uint8)
-    result = dequantize_columns(codes, widths, grid)
+    result = dequantize_matrix(codes, widths, grid)
     for j, bits in enumerate(widths.tolist()):
-        zero = np.round(grid.zero_point.numpy().astype(float) * (2**bits - 1) / 255)
-        expected = grid.row_range.numpy().astype(float) / (2**bits - 1) * (codes[:, j].numpy() - zero)
+        zero = np.round(grid.origin[:, 0].numpy().astype(float) * (2**bits - 1) / 255)
+        expected = grid.span[:, 0].numpy().astype(float) / (2**bits - 1) * (codes[:, j].numpy() - zero)
         np.testing.assert_allclose(result[:, j], expected, rtol=1e-6)  # one float32 division and one product
 
 

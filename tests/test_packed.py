@@ -40,7 +40,7 @@ def made(rows: int, columns: int, widths=None, sparsity: float = 0.0, n_m=None, 
     grid = fit_affine_grid(weight, int(column_widths.max()))
     codes = (torch.rand(rows, columns, generator=g) * 2.0**column_widths).floor()
     if keep is not None:
-        zero = torch.stack([grid.at(int(bits))[1] for bits in column_widths], 1)
+        zero = torch.stack([grid.at(int(bits)).base[:, 0] for bits in column_widths], 1)
         codes = torch.where(keep, codes, zero)
     return CompressedLinear(codes.to(torch.uint8), None, keep, column_widths, grid, n_m, **rest)
 
@@ -123,13 +123,13 @@ def test_a_two_of_four_mask_costs_three_quarters_of_a_bit_a_weight():
 
 
 def test_pattern_ranks_are_in_lexicographic_order_of_the_zeros():
-    order = list(itertools.combinations(range(4), 2))
+    order = 4 * list(itertools.combinations(range(4), 2))
     compressed = made(1, 4 * len(order), widths=(8,), n_m=(2, 4))
     keep = torch.tensor([[position not in zeros for zeros in order for position in range(4)]])
-    codes = torch.where(keep, compressed.codes, compressed.grid.zero_point[:, None])
+    codes = torch.where(keep, compressed.codes, compressed.grid.origin)
     packed = pack_weight(CompressedLinear(**(vars(compressed) | {"keep": keep, "codes": codes})))
     number = int.from_bytes(bytes(packed.tensors["weight_mask"].tolist()), "little")
-    assert [number >> (3 * i) & 7 for i in range(len(order))] == list(range(len(order)))
+    assert [number >> (3 * i) & 7 for i in range(len(order))] == 4 * list(range(6))
 
 
 @pytest.mark.parametrize("target", [None, 3.3])
@@ -181,6 +181,9 @@ FOREIGN = {
     "shape": [8, [8], None, [8, 22], [8, "24"], [0, 24]],
     "widths": [[9], [0], [4, 3], [3, 3], [], "34", 3],
     "n_m": [None, [4, 2], [2], [2, 5]],
+    "grid": ["affine", None, 3],
+    "group_size": [0, -1, "8", 2.5],
+    "width_axis": ["rows", None],
     "version": [1],
 }
 
@@ -192,7 +195,7 @@ def test_a_foreign_specification_is_refused(key, value):
         WeightSpec.from_dict(good | {key: value})
 
 
-@pytest.mark.parametrize("missing", ["shape", "layout", "widths", "n_m"])
+@pytest.mark.parametrize("missing", ["shape", "layout", "widths", "n_m", "grid", "group_size", "width_axis"])
 def test_a_specification_with_a_part_missing_is_refused(missing):
     good = pack_weight(made(8, 24, widths=(3,), n_m=(2, 4))).spec.to_dict()
     del good[missing]

@@ -1,5 +1,7 @@
 """Every command and code block of the README runs; only sizes are cut down."""
 
+import csv
+import json
 import re
 import shlex
 import subprocess
@@ -50,24 +52,48 @@ def test_the_make_targets_exist_and_do_what_is_said():
 
 def test_the_benchmark_of_the_table_runs(tmp_path):
     output, figure = tmp_path / "rows.json", tmp_path / "figure.png"
-    script = [sys.executable, ROOT / "scripts" / "benchmark_baseline.py", "--output", output, "--figure", figure]
-    sizes = ["--seq_len", "64", "--samples", "16", "--eval_windows", "2", "--only", "2:4 + 4 bit"]
-    printed = run([*script, *sizes], tmp_path)
+    script = [sys.executable, ROOT / "scripts" / "benchmark_quality.py", "--output", output, "--figure", figure]
+    table = tmp_path / "rows.csv"
+    only = ["RTN 3 bit", "by threshold", "best, dense 3 bit"]
+    sizes = ["--seq_len", "64", "--samples", "16", "--eval_windows", "2", "--csv", table, "--seeds", "0", "1"]
+    printed = run([*script, *sizes, "--only", *only], tmp_path)
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows[1:]] == ["dense", "2:4 + 4 bit (ref)"]
-    assert output.exists()
+    methods = ["dense", "RTN 3 bit", "50 % + 2/4/8 bit by threshold", "best, dense 3 bit"]
+    assert [row.split("|")[1].strip() for row in rows[1:]] == methods
+    measured = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(row["method"], row["seed"]) for row in measured] == [
+        ("dense", ""), *((method, str(seed)) for seed in (0, 1) for method in methods[1:])
+    ]  # fmt: skip
+    values = {(row["method"], row["seed"]): float(row["python-docs"]) for row in measured}
+    assert values["RTN 3 bit", "0"] == values["RTN 3 bit", "1"]  # sees no calibration text
+    assert values["best, dense 3 bit", "0"] != values["best, dense 3 bit", "1"]
+    assert values["dense", ""] < min(values["best, dense 3 bit", seed] for seed in "01") < values["RTN 3 bit", "0"]
+    assert len(json.loads(output.read_text())["rows"]) == 7
     assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_benchmark_says_what_is_missing_before_it_loads_anything(tmp_path):
+    script = [sys.executable, ROOT / "scripts" / "benchmark_quality.py", "--model", "no-such-model"]
+    for options, message in (
+        (["--calibration", "no/such/text.txt"], "not found: no/such/text.txt"),
+        (["--only", "magic"], "matches no row"),
+    ):
+        done = subprocess.run(
+            [*script, *options], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 def test_every_row_of_the_readmes_table_is_a_row_of_the_benchmark():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        from benchmark_baseline import RECIPES
+        from benchmark_quality import ROWS
     finally:
         sys.path.remove(str(ROOT / "scripts"))
-    table = README.split("<!-- table: make bench-baseline -->")[1].split("<!-- end of table -->")[0]
+    table = README.split("<!-- table: make bench-quality -->")[1].split("<!-- end of table -->")[0]
     methods = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
-    assert methods == ["dense", *RECIPES]
+    assert methods == ["dense", *ROWS]
 
 
 def test_the_solver_benchmark_runs_and_both_solve_the_same_problem(tmp_path):

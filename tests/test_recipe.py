@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Recipe, parse_pattern
+from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Parts, Recipe, parse_pattern
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.0.fc2", "model.layers.1.fc2"]
 
@@ -38,6 +38,17 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.
         ({"damp_percent": -0.01}, "damp_percent", "fraction", "-0.01"),
         ({"damp_percent": 1.5}, "damp_percent", "fraction", "1.5"),
         ({"block_size": 0}, "block_size", "at least 1", "0"),
+        ({"group_size": 0}, "group_size", "at least 1", "0"),
+        ({"preset": "awq"}, "preset", "best, sparsegpt, gptq", "awq"),
+        ({"scope": "block"}, "scope", "layer, model", "block"),
+        ({"scope": "model", "target_avg_bits": None}, "scope model", "target_bits_per_weight", "None"),
+        ({"target_bits_per_weight": 0}, "target_bits_per_weight", r"\(0, 16\]", "0"),
+        ({"target_bits_per_weight": 16.5}, "target_bits_per_weight", r"\(0, 16\]", "16.5"),
+        ({"parts": {"admm": 3, "cg": 1}}, "parts", "centre, alpha", "admm, cg"),
+        ({"parts": {"alpha": 1.5}}, r"parts\.alpha", r"\[0, 1\]", "1.5"),
+        ({"parts": {"stream_alpha": -0.5}}, r"parts\.stream_alpha", r"\[0, 1\]", "-0.5"),
+        ({"parts": {"mask_steps": -1}}, r"parts\.mask_steps", "negative", "-1"),
+        ({"parts": {"descent_passes": -2}}, r"parts\.descent_passes", "negative", "-2"),
     ],
 )
 def test_a_bad_value_is_refused_with_argument_rule_and_value(settings, argument, rule, value):
@@ -129,3 +140,40 @@ def test_lists_from_a_config_file_become_tuples_so_that_a_recipe_can_be_compared
     from_yaml = Recipe(widths=[2, 4], target_avg_bits=3, ignore=["a"], rules=[])
     assert from_yaml == Recipe(widths=(2, 4), target_avg_bits=3, ignore=("a",))
     assert hash(from_yaml) == hash(Recipe(widths=(2, 4), target_avg_bits=3, ignore=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "sparsity", "allocation"),
+    [("best", 0.5, "rows"), ("sparsegpt", 0.5, "uniform"), ("gptq", 0.0, "uniform")],
+)
+def test_a_preset_sets_what_is_not_given_and_nothing_else(preset, sparsity, allocation):
+    recipe = Recipe(preset=preset)
+    assert (recipe.sparsity, recipe.allocation) == (sparsity, allocation)
+    given = Recipe(preset=preset, sparsity=0.25, allocation="budget")
+    assert (given.sparsity, given.allocation) == (0.25, "budget")
+    assert given.solve_parts == recipe.solve_parts
+
+
+def test_parts_are_switched_by_name_and_the_others_stay():
+    ablated = Recipe(parts={"mask_steps": 0, "centre": False}).solve_parts
+    assert ablated == Parts(mask_steps=0, centre=False)
+    added = Recipe(preset="gptq", parts={"act_order": True}).solve_parts
+    assert added.act_order
+    assert not added.centre
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({}, True),
+        ({"target_avg_bits": None}, True),  # rows compete for survivors
+        ({"pattern": "2:4"}, True),  # for bits
+        ({"pattern": "2:4", "target_avg_bits": None}, False),
+        ({"sparsity": 0}, True),
+        ({"sparsity": 0, "allocation": "uniform"}, False),
+        ({"parts": {"gradients": False}}, False),
+        ({"preset": "sparsegpt"}, False),
+    ],
+)
+def test_gradients_are_used_where_rows_compete(settings, used):
+    assert Recipe(**settings).uses_gradients == used

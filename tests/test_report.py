@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgpt_lightning.grids import AffineGrid
+from sgpt_lightning.grids import Grid
 from sgpt_lightning.packed import pack_weight
 from sgpt_lightning.report import (
     LINEAR_COLUMNS,
@@ -23,7 +23,7 @@ KEEP = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 
 def solved(keep: torch.Tensor | None, widths: list[int] | None) -> CompressedLinear:
     """Two outputs, four inputs."""
-    grid = AffineGrid(torch.ones(2, dtype=torch.float16), torch.zeros(2, dtype=torch.uint8), max(widths or [8]))
+    grid = Grid("zero-point", torch.ones(2, 1).half(), torch.zeros(2, 1, dtype=torch.uint8), max(widths or [8]))
     return CompressedLinear(
         codes=None if widths is None else torch.zeros(2, 4, dtype=torch.uint8),
         values=torch.ones(2, 4, dtype=torch.float16) if widths is None else None,
@@ -54,7 +54,9 @@ def solved(keep: torch.Tensor | None, widths: list[int] | None) -> CompressedLin
 def test_a_linear_is_described_as_counted_by_hand(keep, widths, sparsity, mean, histogram, count, layout):
     compressed = solved(keep, widths)
     report = describe_linear("fc1", compressed, pack_weight(compressed))
-    assert report == LinearReport("fc1", 8, sparsity, mean, histogram, (0.25, 4.0), 0.125, 0.1, "damped", count, layout)
+    assert report == LinearReport(
+        "fc1", 8, sparsity, mean, histogram, (0.25, 4.0), 0.125, 0.1, "damped", count, layout, None
+    )
     assert report.bits_per_weight == count
     assert report.to_dict()["bytes"] == count
 
@@ -62,7 +64,9 @@ def test_a_linear_is_described_as_counted_by_hand(keep, widths, sparsity, mean, 
 def make_report(
     name: str, weights: int, sparsity: float, mean: float | None, histogram: dict[int, int]
 ) -> LinearReport:
-    return LinearReport(name, weights, sparsity, mean, histogram, (0.0, 1.0), 0.01, 0.01, "ok", weights // 4, "dense")
+    return LinearReport(
+        name, weights, sparsity, mean, histogram, (0.0, 1.0), 0.01, 0.01, "ok", weights // 4, "dense", "rows"
+    )
 
 
 def test_the_mean_width_of_several_linears_counts_each_survivor_once():
@@ -88,8 +92,8 @@ def test_the_mean_width_of_several_linears_counts_each_survivor_once():
 def test_a_row_shows_unquantized_survivors_and_extra_damping():
     plain = linear_row(make_report("fc1", 8, 0.5, None, {}))
     damped = linear_row(describe_linear("fc1", solved(KEEP, [8] * 4), pack_weight(solved(KEEP, [8] * 4))))
-    assert plain == ("fc1", "50.0%", "16+", "2.00", "0 to 1", "0.0100", "0.01", "dense")
-    assert damped == ("fc1", "62.5%", "8.00", "10.00", "0.25 to 4", "0.1250", "0.1 (damped)", "bitmap")
+    assert plain == ("fc1", "50.0%", "16+", "2.00", "0 to 1", "0.0100", "0.01", "dense", "rows")
+    assert damped == ("fc1", "62.5%", "8.00", "10.00", "0.25 to 4", "0.1250", "0.1 (damped)", "bitmap", "")
     assert len(plain) == len(LINEAR_COLUMNS)
 
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sgpt_lightning.grids import fit_affine_grid
 from sgpt_lightning.hessian import inverse_factor
-from sgpt_lightning.solver import MaskRule, _sweep, compress_linear
+from sgpt_lightning.masks import MaskRule
+from sgpt_lightning.solver import compress_linear
 from sgpt_lightning.statistics import InputStatistics
+from sgpt_lightning.sweep import Quantizer, sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LADDER = (2, 3, 4, 6, 8)
@@ -126,8 +128,10 @@ def test_the_column_loop_reads_no_value_back(collect, rule, bits):
     with pytest.raises(RuntimeError):
         factor[0, 0].item()
     grid = fit_affine_grid(weight, 8)
-    grid = grid._replace(row_range=grid.row_range.to("meta"), zero_point=grid.zero_point.to("meta"))
-    quantizer = None if bits is None else (torch.full((48,), bits), grid)
+    quantizer = None if bits is None else Quantizer(grid, torch.full((48,), bits), 48)
+    if quantizer is not None:
+        for width, table in quantizer._tables.items():
+            quantizer._tables[width] = table._replace(step=table.step.to("meta"), base=table.base.to("meta"))
     mask = rule.to("meta") if isinstance(rule, Tensor) else rule
-    swept = _sweep(weight.T.to("meta"), factor, mask, quantizer, 16)
+    swept = sweep(weight.T.to("meta"), factor, mask, quantizer, 16)
     assert swept.weight.shape == (48, 10)
