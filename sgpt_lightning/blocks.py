@@ -38,32 +38,67 @@ class DecoderBlocks(NamedTuple):
 
 
 def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
-    """Find the list of decoder blocks: the longest `nn.ModuleList` of one class whose members hold linears.
+    """Find the list of decoder blocks: the longest outermost `nn.ModuleList` of one class whose members hold linears.
+
+    A model that says where its decoder is (`get_decoder` of transformers) is searched there only: a vision tower is
+    left alone.
 
     Raises:
-        ValueError: there is none, or a block holds mixture-of-experts weights as 3-D parameters.
+        ValueError: there is none, or a block holds a mixture of experts: a list of modules with linears of their own,
+            or weights of three dimensions.
     """
-    found = DecoderBlocks("", ())
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) <= len(found.blocks):
-            continue
-        if len({type(block) for block in module}) == 1 and all(find_linears(block) for block in module):
-            found = DecoderBlocks(path, list(module))
-    if not found.blocks:
-        raise ValueError(f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of modules that hold linears")
-    experts = [
-        f"{found.path}.{index}.{name}"
+    lists = _lists_with_linears(model)
+    outermost = {path: blocks for path, blocks in lists.items() if not any(path.startswith(f"{p}.") for p in lists)}
+    uniform = {path: blocks for path, blocks in outermost.items() if len({type(block) for block in blocks}) == 1}
+    if not uniform:
+        mixed = f"; {', '.join(outermost)} holds blocks of several classes, which is not supported" if outermost else ""
+        raise ValueError(
+            f"{type(model).__name__} has no decoder blocks: no nn.ModuleList of modules of one class that hold "
+            f"linears{mixed}"
+        )
+    path = max(uniform, key=lambda path: len(uniform[path]))
+    found = DecoderBlocks(path, list(uniform[path]))
+    experts = [nested for nested in lists if nested.startswith(f"{path}.")] + _weights_of_three_dimensions(found)
+    if experts:
+        raise ValueError(
+            "mixtures of experts and other linears in lists or in 3-D parameters within a block are not supported, "
+            f"found {', '.join(experts[:4])}" + (f" and {len(experts) - 4} more" if len(experts) > 4 else "")
+        )
+    return found
+
+
+def _lists_with_linears(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of modules below the model's decoder in which every module holds linears, by full name."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = model if get_decoder is None else get_decoder()
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    return {
+        path: module
+        for path, module in model.get_submodule(prefix).named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and len(module) and all(find_linears(block) for block in module)
+    }
+
+
+def _weights_of_three_dimensions(found: DecoderBlocks) -> list[str]:
+    return [
+        f"{found.name(index)}.{name}"
         for index, block in enumerate(found.blocks)
         for name, parameter in block.named_parameters()
         if parameter.dim() == 3 and not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     ]
-    if experts:
-        raise ValueError(
-            "mixture-of-experts weights held as 3-D parameters are not supported, found "
-            + ", ".join(experts[:4])
-            + (f" and {len(experts) - 4} more" if len(experts) > 4 else "")
-        )
-    return found
+
+
+def mark_compressed(model: nn.Module) -> None:
+    """Leave a mark on a model whose linears are, or begin to be, compressed; it goes with the object and its copies."""
+    model.__dict__[_MARK] = True
+
+
+def is_marked_compressed(model: nn.Module) -> bool:
+    """Tell whether a model in memory was compressed, or begun to be: it is nobody's dense model any more."""
+    return _MARK in model.__dict__
+
+
+_MARK = "_sgpt_compressed"
 
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -177,7 +212,7 @@ class BlockReplay:
 
         def hook(index: int) -> Callable[..., None]:
             def remember(module: nn.Module, args: Any, output: Any) -> None:
-                returns_tuple[index] = isinstance(output, tuple)
+                returns_tuple[index] = isinstance(output, tuple | list)
 
             return remember
 
@@ -233,7 +268,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         output = block(hidden, *call.args, **call.kwargs)
     else:
         output = block(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()

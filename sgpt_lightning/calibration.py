@@ -17,7 +17,8 @@ every batch, `finish` after the last batch of an epoch.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -29,19 +30,22 @@ from sgpt_lightning.blocks import (
     PrologueOutput,
     add_to_bias,
     find_decoder_blocks,
+    mark_compressed,
     model_inputs,
     residual_writers,
     run_block,
     set_weight_matrix,
     weight_matrix,
 )
+from sgpt_lightning.checks import check_batch, check_model
 from sgpt_lightning.collector import DenseReference, InputCollector, ResidualStream, input_groups, watched_inputs
 from sgpt_lightning.gradients import OutputGradients
+from sgpt_lightning.guards import evaluation_mode
 from sgpt_lightning.packed import PackedWeight, pack_weight, unpack_weight
 from sgpt_lightning.plan import LinearJob, plan_model
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report import LinearReport, describe_linear
-from sgpt_lightning.solver import check_pattern, compress_linear
+from sgpt_lightning.solver import compress_linear
 
 Mode = Literal["sequential", "one-shot"]
 
@@ -87,11 +91,13 @@ class SequentialCalibration:
     """
 
     def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
+        self._model = model
         self._decoder = find_decoder_blocks(model)
         self._replay = BlockReplay(model, self._decoder.blocks)
         self._plans = plans
         self._storage_dtype = storage_dtype
         self._inputs: list[PrologueOutput] = []
+        self._observed = 0
         self._token_masks: list[Tensor | None] = []
         self._follows_dense = any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values())
         self._dense_hidden: list[Tensor] = []
@@ -111,14 +117,20 @@ class SequentialCalibration:
             if self._follows_dense:
                 self._dense_hidden.append(self._inputs[-1].hidden)
         else:
+            if batch_index >= len(self._inputs):
+                raise self._other_count(epoch, batch_index + 1)
             hidden, calls = self._inputs[batch_index]
             self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
         if batch_index == 0:
             self._begin(epoch)
         self._collect(epoch, batch_index, last=len(self._groups) == 1)
+        self._observed = batch_index + 1
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
+        if self._observed != len(self._inputs):
+            raise self._other_count(epoch, self._observed)
+        mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         for position, group in enumerate(self._groups):
             if position:
@@ -131,6 +143,12 @@ class SequentialCalibration:
             for kept in (self._inputs, self._token_masks, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
+
+    def _other_count(self, epoch: int, batches: int) -> ValueError:
+        return ValueError(
+            f"epoch {epoch} has {batches} batches or more, the first had {len(self._inputs)}: every epoch must bring "
+            "the same batches in the same order"
+        )
 
     def _begin(self, epoch: int) -> None:
         """Find out which linears of the block share an input and when they run; keep a copy of the block."""
@@ -202,6 +220,7 @@ class OneShotCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve every linear."""
+        mark_compressed(self._model)
         return solve_linears(self._collector.linears, self._collector, self._plans, self._storage_dtype)
 
 
@@ -273,7 +292,7 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
 
 def compress(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
     recipe: Recipe,
     *,
     storage_dtype: torch.dtype | None = None,
@@ -281,9 +300,12 @@ def compress(
 ) -> dict[str, SolvedLinear]:
     """Compress a model in place, without Lightning.
 
+    Dropout is off while it runs, whatever mode the model is in.
+
     Args:
-        model: a decoder-only model in eval mode, on the device where it is to be solved.
-        batches: calibration batches, `input_ids` int64 `[batch, time]`, on that device; gone through once a block.
+        model: a dense decoder-only model, on the device where it is to be solved.
+        batches: calibration batches, `input_ids` int64 `[batch, time]`, on that device; gone through once a block, so
+            no generator.
         recipe: what to do.
         storage_dtype: dtype of unquantized survivors; the model's own if None.
         mode: `sequential` or `one-shot`.
@@ -292,43 +314,25 @@ def compress(
         What to store, by the full name of the linear.
 
     Raises:
-        ValueError: the model and the recipe do not fit, or calibration met NaN or inf.
+        TypeError: `batches` can be gone through only once, or a batch is no mapping with `input_ids`.
+        ValueError: the model and the recipe do not fit, the model was compressed before, there is no batch or one that
+            is longer than the model's positions, or calibration met NaN or inf.
     """
+    if isinstance(batches, Iterator):
+        raise TypeError(f"batches must be a list or a loader, got a {type(batches).__name__}: blocks need them again")
+    for index, batch in enumerate(batches):
+        check_batch(model, batch, index)
     calibration = calibration_for(mode, model, recipe, storage_dtype or next(model.parameters()).dtype)
     solved: dict[str, SolvedLinear] = {}
-    for epoch in range(calibration.epochs):
-        for index, batch in enumerate(batches):
-            calibration.observe(epoch, index, batch)
-        solved |= calibration.finish(epoch)
+    with evaluation_mode(model):
+        for epoch in range(calibration.epochs):
+            index = -1
+            for index, batch in enumerate(batches):
+                calibration.observe(epoch, index, batch)
+            if index < 0:
+                raise ValueError("batches must hold at least one batch, got none")
+            solved |= calibration.finish(epoch)
     return solved
-
-
-def check_model(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse, with the whole list of offenders, what would fail later.
-
-    Raises:
-        ValueError: no decoder blocks, experts as 3-D parameters, an already quantized model, an ignore pattern or
-            rule that matches nothing, nothing left to compress, or N:M groups that do not fit a linear.
-    """
-    linears = find_decoder_blocks(model).linears()
-    quantized = getattr(getattr(model, "config", None), "quantization_config", None)
-    odd = [name for name, linear in linears.items() if not weight_matrix(linear).is_floating_point()]
-    if quantized is not None or odd:
-        raise ValueError(f"the model is already quantized ({quantized or ', '.join(odd[:4])}); start from a dense one")
-    offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(list(linears))]
-    plans = []
-    for name, linear in linears.items():
-        try:
-            plans.append(recipe.for_linear(name))
-            if plans[-1] is not None:
-                check_pattern(plans[-1], weight_matrix(linear).shape[1], name)
-        except ValueError as error:
-            offenders.append(f"{name}: {error}")
-    if not any(plans) and not offenders:
-        offenders.append("the recipe leaves every linear alone: set sparsity, pattern or target_avg_bits")
-    if offenders:
-        shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
-        raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
 
 
 def solve_linears(
@@ -372,5 +376,4 @@ def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 def mean_error(solved: Iterable[SolvedLinear]) -> float:
     """Mean relative error of some solved linears."""
-    errors = [linear.report.relative_error for linear in solved]
-    return sum(errors) / max(len(errors), 1)
+    return statistics.fmean(linear.report.relative_error for linear in solved)

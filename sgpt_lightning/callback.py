@@ -8,22 +8,25 @@ the callback runs the Trainer's validation loop itself: dense, compressed, and b
 """
 
 import json
+import signal
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
-from sgpt_lightning.blocks import find_decoder_blocks, weight_matrix
-from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibration_for, mean_error
+from sgpt_lightning.blocks import find_decoder_blocks, is_marked_compressed, weight_matrix
+from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibration_for, mean_error, padding_mask
 from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
+from sgpt_lightning.checks import check_batch
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.run_report import (
+    REPORT_KEYS,
     linear_reports,
     log_linears,
     log_perplexity,
@@ -35,6 +38,37 @@ from sgpt_lightning.run_report import (
 )
 
 DEFAULT_RECIPE = Recipe()
+
+
+class IncompleteRunError(RuntimeError):
+    """A run that ended before all linears were solved; nothing was written."""
+
+
+class _TrainerSettings(NamedTuple):
+    """What a fit sets for itself and gives back."""
+
+    max_epochs: int | None
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int | float
+    log_every_n_steps: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "_TrainerSettings":
+        log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late, by a connector
+        return cls(trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps, log_every)
+
+    def apply(self, trainer: Trainer) -> None:
+        trainer.fit_loop.max_epochs = self.max_epochs
+        trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
+        trainer.num_sanity_val_steps = self.num_sanity_val_steps
+        trainer.log_every_n_steps = self.log_every_n_steps  # type: ignore[attr-defined]
+
+
+class _TextSeen(NamedTuple):
+    """Calibration text that really went in; padding is not counted."""
+
+    windows: int
+    tokens: int
 
 
 class SparseGPTCallback(Callback):
@@ -64,6 +98,9 @@ class SparseGPTCallback(Callback):
         self.solved: dict[str, SolvedLinear] = {}
         self.manifest: Manifest | None = None
         self._calibration: Calibration | None = None
+        self._settings: _TrainerSettings | None = None
+        self._first_epoch = 0
+        self._seen = _TextSeen(0, 0)
         self._perplexity: dict[str, dict[str, float]] = {}
         self._seconds: dict[str, float] = {}
         self._last_error: float | None = None
@@ -73,28 +110,23 @@ class SparseGPTCallback(Callback):
 
         Raises:
             TypeError: the module is not a `CausalLMModule`.
-            ValueError: mixed precision, several processes, a checkpoint to resume from, or a compressed model.
+            ValueError: mixed precision, several processes, a limit that would end the run early, a compressed model, or
+                a foreign `report.json` where the report is to go.
             FileExistsError: the output directory exists and is not a compressed model.
         """
         if stage != "fit":
             return
         if not isinstance(pl_module, CausalLMModule):
             raise TypeError(f"SparseGPTCallback needs a CausalLMModule, got {type(pl_module).__name__}")
-        if str(trainer.precision).endswith("-mixed"):
-            raise ValueError(
-                f"trainer.precision must not be mixed, got {trainer.precision!r}: the Hessians would be gathered in "
-                "another dtype than the file is made for. Set the model's dtype instead"
-            )
-        if trainer.world_size != 1:
-            raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
-        if trainer.ckpt_path is not None:
-            raise ValueError(f"resuming from a checkpoint is not supported, got ckpt_path={trainer.ckpt_path!r}")
-        if is_compressed_dir(Path(pl_module.path)):
+        _check_trainer(trainer)
+        in_memory = pl_module.network
+        if is_compressed_dir(Path(pl_module.path)) or (in_memory is not None and is_marked_compressed(in_memory)):
             raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
         check_target(self.target(trainer))
-        trainer.num_sanity_val_steps = 0
-        # Nothing is logged by step, but Lightning warns of epochs shorter than this. It sets the attribute late.
-        trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+        _check_report_path(report_path(trainer))
+        self._settings = _TrainerSettings.of(trainer)
+        # Nothing is logged by step, but Lightning warns of epochs shorter than `log_every_n_steps`.
+        self._settings._replace(num_sanity_val_steps=0, log_every_n_steps=1).apply(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the recipe against the model, all of it, and set the number of epochs."""
@@ -102,29 +134,47 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
+        self._seen = _TextSeen(0, 0)
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
-        pl_module.calibration_step = self._observe(trainer)
+        self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.epoch_titles = self._calibration.titles
-        trainer.fit_loop.max_epochs = self._calibration.epochs
+        trainer.fit_loop.max_epochs = self._first_epoch + self._calibration.epochs
         trainer.check_val_every_n_epoch = self._calibration.epochs + 1
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of too little calibration text, and measure the dense model."""
-        network = _network(pl_module)
-        network.eval()
-        self._warn_of_few_tokens(trainer, pl_module, network)
-        self._measure("dense", trainer, 0)
+        """Measure the dense model.
+
+        Raises:
+            ValueError: the training data has no length.
+        """
+        _network(pl_module).eval()
+        if trainer.num_training_batches == float("inf"):
+            raise ValueError("the training data must have a length: every block is calibrated on the same batches")
+        self._measure("dense", trainer, pl_module, 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Show the batch to the calibration."""
+        assert self._calibration is not None
+        started = time.perf_counter()
+        epoch = trainer.current_epoch - self._first_epoch
+        if epoch == 0:
+            check_batch(_network(pl_module), batch, batch_idx)
+            self._count(batch)
+        self._calibration.observe(epoch, batch_idx, batch)
+        self._seconds["calibrate"] += time.perf_counter() - started
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Solve after the last batch of an epoch; show error and time left after every one."""
         assert self._calibration is not None
-        epochs, done = self._calibration.epochs, trainer.current_epoch
+        epochs, done = self._calibration.epochs, trainer.current_epoch - self._first_epoch
         if trainer.is_last_batch:
+            if done == 0:
+                self._warn_of_few_tokens(_network(pl_module))
             started = time.perf_counter()
-            solved = self._calibration.finish(trainer.current_epoch)
+            solved = self._calibration.finish(done)
             self._seconds["solve"] += time.perf_counter() - started
             self.solved |= solved
             done += 1
@@ -139,20 +189,25 @@ class SparseGPTCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model with the block that was just solved, the last time always."""
         assert self._calibration is not None
-        done = trainer.current_epoch + 1
+        done = trainer.current_epoch - self._first_epoch + 1
         blocks = done - self._calibration.preparation
         if done == self._calibration.epochs:
-            self._measure("compressed", trainer, len(find_decoder_blocks(_network(pl_module)).blocks))
+            self._measure("compressed", trainer, pl_module, len(find_decoder_blocks(_network(pl_module)).blocks))
         elif self.validate_every_block and blocks:
-            self._measure(f"after {blocks} blocks", trainer, blocks)
+            self._measure(f"after {blocks} blocks", trainer, pl_module, blocks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the compressed model and the report, and log them."""
+        """Write the compressed model and the report, and log them.
+
+        Raises:
+            IncompleteRunError: something ended the run before its last epoch.
+        """
         assert isinstance(pl_module, CausalLMModule)
+        self._check_complete(trainer)
         network = _network(pl_module)
         run = {
             "model": pl_module.path,
-            "calibration": {"mode": self.calibration, "protocol": _calibration_protocol(trainer)},
+            "calibration": {"mode": self.calibration, "protocol": self._calibration_protocol(trainer)},
             "recipe": asdict(self.recipe),
             "perplexity": self._perplexity | {"protocol": _protocols(trainer, pl_module)},
             "seconds": self._seconds,
@@ -167,72 +222,135 @@ class SparseGPTCallback(Callback):
             tokenizer=pl_module.tokenizer,
             run=run,
         )
-        report = run_directory(trainer) / "report.json"
+        report = report_path(trainer)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(report_dict(self.manifest), indent=1) + "\n")
         log_run(trainer.loggers, self.manifest)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, after the progress bar has ended."""
-        if self.manifest is not None:
-            print(f"\n{summary_table(self.manifest)}\n\n{status_line(linear_reports(self.manifest))}")
-            print(f"compressed model: {self.target(trainer)}\nreport: {run_directory(trainer) / 'report.json'}")
+        """Print the table, after the progress bar has ended.
+
+        Raises:
+            IncompleteRunError: there was not a single batch to calibrate on.
+        """
+        self._check_complete(trainer)
+        assert self.manifest is not None
+        print(f"\n{summary_table(self.manifest)}\n\n{status_line(linear_reports(self.manifest))}")
+        print(f"compressed model: {self.target(trainer)}\nreport: {report_path(trainer)}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go as `teardown` does, which Lightning does not call then, and do not call a signal a success."""
+        self.teardown(trainer, pl_module, "fit")
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the module and of the calibration's tensors."""
+        """Let go of the calibration's tensors, and give the Trainer its settings and the network its mode back."""
         self._calibration = None
+        if self._settings is not None:
+            self._settings.apply(trainer)
+            self._settings = None
         if isinstance(pl_module, CausalLMModule):
-            pl_module.calibration_step = None
+            pl_module.epoch_titles = ()
+            if pl_module.network is not None:
+                pl_module.network.eval()
 
     def target(self, trainer: Trainer) -> Path:
         """Return the directory that the compressed model is written to."""
-        return Path(self.save_dir) if self.save_dir is not None else run_directory(trainer) / "compressed"
+        return Path(self.save_dir).expanduser() if self.save_dir is not None else run_directory(trainer) / "compressed"
 
-    def _observe(self, trainer: Trainer) -> Any:
-        def step(batch: Mapping[str, Tensor], batch_idx: int) -> None:
-            assert self._calibration is not None
-            started = time.perf_counter()
-            self._calibration.observe(trainer.current_epoch, batch_idx, batch)
-            self._seconds["calibrate"] += time.perf_counter() - started
+    def _check_complete(self, trainer: Trainer) -> None:
+        """Raise IncompleteRunError unless every epoch ran to its end."""
+        assert self._calibration is not None
+        done, planned = trainer.current_epoch - self._first_epoch, self._calibration.epochs
+        # In on_train_end the last epoch is counted already, whatever ended the run.
+        if done < planned or not self.solved:
+            raise IncompleteRunError(
+                f"the run ended after {done} of {planned} epochs, {len(self.solved)} linears solved: the model is not "
+                f"compressed and nothing was written to {self.target(trainer)}. Look for trainer.max_time, "
+                "limit_train_batches or a callback that stops the run"
+            )
 
-        return step
+    def _count(self, batch: Any) -> None:
+        mask, ids = padding_mask(batch), batch["input_ids"]
+        windows = len(ids) if mask is None else int(mask.any(1).sum())
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        self._seen = _TextSeen(self._seen.windows + windows, self._seen.tokens + tokens)
 
-    def _measure(self, label: str, trainer: Trainer, blocks: int) -> None:
+    def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
         """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
+        assert isinstance(pl_module, CausalLMModule)
         started = time.perf_counter()
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        trainer.validating = True
-        loop.setup_data()
-        if not loop.skip:
-            loop.run()
-        trainer.training = True
-        found = {
-            name.removeprefix("perplexity/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("perplexity/")
-        }
-        self._perplexity[label] = found
-        log_perplexity(trainer.loggers, found, blocks)
+        pl_module.measured = {}
+        if trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating = True
+            loop.setup_data()
+            if not loop.skip:
+                loop.run()
+            trainer.training = True
+        self._perplexity[label] = {name: measured.perplexity for name, measured in pl_module.measured.items()}
+        log_perplexity(trainer.loggers, self._perplexity[label], blocks)
         self._seconds["evaluate"] += time.perf_counter() - started
 
-    def _warn_of_few_tokens(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> None:
-        assert isinstance(pl_module, CausalLMModule)
-        batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-        tokens = int(trainer.num_training_batches) * batch_size * pl_module.seq_len
+    def _warn_of_few_tokens(self, network: nn.Module) -> None:
         linears = find_decoder_blocks(network).linears()
         widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
         inputs = weight_matrix(linears[widest]).shape[1]
-        if tokens < inputs:
+        if self._seen.tokens < inputs:
             warnings.warn(
-                f"{tokens} calibration tokens are fewer than the {inputs} in_features of {widest}: its Hessian will "
-                "be singular and rest on damping alone; raise data.num_samples",
+                f"{self._seen.tokens} calibration tokens are fewer than the {inputs} in_features of {widest}: its "
+                "Hessian will be singular and rest on damping alone; raise data.num_samples",
                 stacklevel=2,
             )
+
+    def _calibration_protocol(self, trainer: Trainer) -> dict[str, Any]:
+        """Return how the calibration text was made, by the data module's word, and how much of it went in."""
+        protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
+        return _as_used({} if protocol is None else asdict(protocol), self._seen.windows, "trainer.limit_train_batches")
 
 
 def run_directory(trainer: Trainer) -> Path:
     """Return the directory of the run: the logger's, or the Trainer's root."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def report_path(trainer: Trainer) -> Path:
+    """Return where the report of a run goes."""
+    return run_directory(trainer) / "report.json"
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    if str(trainer.precision).endswith("-mixed"):
+        raise ValueError(
+            f"trainer.precision must not be mixed, got {trainer.precision!r}: the Hessians would be gathered in "
+            "another dtype than the file is made for. Set the model's dtype instead"
+        )
+    if trainer.world_size != 1:
+        raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
+    ends = {
+        "fast_dev_run": trainer.fast_dev_run,  # type: ignore[attr-defined]  # set late, by a connector
+        "max_steps": trainer.max_steps != -1 and trainer.max_steps,
+        "limit_train_batches": trainer.limit_train_batches == 0 and "0",
+    }
+    early = [f"trainer.{name}={value}" for name, value in ends.items() if value]
+    if early:
+        raise ValueError(
+            f"{', '.join(early)} would end the run before every block is solved; leave it at its default "
+            "(data.num_samples and ignore make a run short)"
+        )
+
+
+def _check_report_path(path: Path) -> None:
+    """Raise ValueError if there is a file that is not a report of ours."""
+    if not path.exists():
+        return
+    try:
+        ours = set(json.loads(path.read_text())) >= REPORT_KEYS
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} exists and is no report of sgpt_lightning: move it or set trainer.default_root_dir")
 
 
 def _network(pl_module: LightningModule) -> nn.Module:
@@ -248,9 +366,19 @@ def _protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, dict[st
         "dtype": str(pl_module.dtype).removeprefix("torch."),
         "attn_implementation": getattr(_network(pl_module).config, "_attn_implementation", None),
     }
-    return {name: (asdict(texts[name]) if name in texts else {}) | model for name in pl_module.evaluation_names()}
+    return {
+        name: _as_used(asdict(texts[name]) if name in texts else {}, measured.windows, "trainer.limit_val_batches")
+        | model
+        for name, measured in pl_module.measured.items()
+    }
 
 
-def _calibration_protocol(trainer: Trainer) -> dict[str, Any]:
-    protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
-    return {} if protocol is None else asdict(protocol)
+def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:
+    """Return a text's protocol with the number of windows that were really used."""
+    used: dict[str, Any] = {"windows": windows}
+    if protocol and windows != protocol["windows"]:
+        used |= {
+            "selection": f"{protocol['selection']}, of which the first {windows} ({limit})",
+            "tokens": windows * protocol["seq_len"],
+        }
+    return protocol | used

@@ -75,11 +75,14 @@ class Perplexity(torchmetrics.Metric):
     """Summed cross-entropy, float64 scalar, nats."""
     tokens: Tensor
     """Targets counted, int64 scalar."""
+    windows: Tensor
+    """Windows with at least one unmasked token, int64 scalar."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("windows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         # Follow the module to its device, never to its dtype. torchmetrics already ignores `.half()`, but obeys
@@ -95,6 +98,7 @@ class Perplexity(torchmetrics.Metric):
         # Out of place: the state may be an inference tensor of an earlier validation.
         self.nll = self.nll + nll
         self.tokens = self.tokens + count
+        self.windows = self.windows + (len(tokens) if mask is None else mask.bool().any(1).sum())
 
     def compute(self) -> Tensor:
         """Return the perplexity as a float64 scalar.

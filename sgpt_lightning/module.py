@@ -5,20 +5,30 @@ without it `global_step` would stay 0 and checkpoints, loggers and resumed runs 
 network is frozen; it changes only when the callback writes solved weights into it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sgpt_lightning.blocks import model_inputs
 from sgpt_lightning.checkpoint import is_compressed_dir, load_compressed
+from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.metrics import Perplexity
 from sgpt_lightning.models import load_tokenizer, require_hub, resolve_model
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Measured(NamedTuple):
+    """A perplexity, and of how much text."""
+
+    perplexity: float
+    windows: int
+    """Windows of the text; padding is not counted."""
 
 
 class CausalLMModule(LightningModule):
@@ -27,8 +37,10 @@ class CausalLMModule(LightningModule):
     Args:
         path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
         seq_len: tokens per window; None takes the model's own number of positions.
-        dtype: compute dtype: float32, bfloat16 or float16.
-        attn_implementation: as in transformers (`sdpa`, `eager`, ...).
+        dtype: compute dtype: float32, bfloat16 or float16. None takes float32, for a compressed directory the one that
+            it was evaluated in.
+        attn_implementation: as in transformers (`sdpa`, `eager`, ...). None takes the model's own, for a compressed
+            directory the one that it was evaluated with.
 
     Raises:
         ValueError: unknown dtype, a path that does not exist, or seq_len beyond the model's positions.
@@ -37,10 +49,10 @@ class CausalLMModule(LightningModule):
 
     network: nn.Module | None
     """The transformers model; loaded when the Trainer asks for it."""
-    calibration_step: Callable[[Mapping[str, Tensor], int], None] | None
-    """Set by `SparseGPTCallback`: takes a batch and its index."""
     epoch_titles: Sequence[str]
-    """Set by `SparseGPTCallback`: what each epoch is about, for progress bars."""
+    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch is about, for progress bars."""
+    measured: dict[str, Measured]
+    """What the last validation found, by the names of the data sets."""
     storage_dtype: torch.dtype
     """dtype of the checkpoint that the model came from; what is not packed is stored in it."""
 
@@ -48,15 +60,15 @@ class CausalLMModule(LightningModule):
         self,
         path: str = "opt-mini",
         seq_len: int | None = None,
-        dtype: str = "float32",
-        attn_implementation: str = "sdpa",
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in COMPUTE_DTYPES:
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
         self._wrap(None, _read_config(path), path, seq_len)
-        self.compute_dtype = getattr(torch, dtype)
-        self.attn_implementation = attn_implementation
+        self._compute_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+        self._attn_implementation = attn_implementation
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, seq_len: int | None = None) -> "CausalLMModule":
@@ -77,15 +89,15 @@ class CausalLMModule(LightningModule):
         self.seq_len = checked_seq_len(seq_len, config, path)
         self.storage_dtype = _storage_dtype(config)
         self.tokenizer: Any = None
-        self.calibration_step = None
         self.epoch_titles = ()
+        self.measured = {}
         self.clock = nn.Parameter(torch.zeros(()))
         self.perplexities = nn.ModuleList()
 
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
         if self.network is None:
-            self.network = load_network(self.path, self.compute_dtype, self.attn_implementation)
+            self.network = load_network(self.path, self._compute_dtype, self._attn_implementation)
             self.tokenizer = load_tokenizer(self.path)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -97,15 +109,13 @@ class CausalLMModule(LightningModule):
         assert self.network is not None, "configure_model() comes first"
         return self.network(**model_inputs(batch)).logits
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Hand a batch to the calibration and step the clock.
-
-        Raises:
-            RuntimeError: there is no callback to calibrate for.
-        """
-        if self.calibration_step is None:
+    def on_fit_start(self) -> None:
+        """Raise RuntimeError if there is no callback to calibrate for; callbacks have had their turn by now."""
+        if not self.epoch_titles:
             raise RuntimeError("CausalLMModule does not train: give the Trainer callbacks=[SparseGPTCallback(...)]")
-        self.calibration_step(batch, batch_idx)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Step the clock; what is done with the batch is the callback's."""
         self.optimizers().step()  # type: ignore[union-attr]
 
     def on_validation_epoch_start(self) -> None:
@@ -121,10 +131,13 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `perplexity/<data set>`; during fit the callback gives it to the logger, by compressed blocks."""
-        to_logger = self.trainer.state.fn == "validate"
+        to_logger = self.trainer.state.fn == TrainerFn.VALIDATING
+        self.measured = {}
         for name, metric in zip(self.evaluation_names(), self.perplexities, strict=True):
             assert isinstance(metric, Perplexity)
-            self.log(f"perplexity/{name}", metric.compute(), prog_bar=True, logger=to_logger)
+            perplexity = metric.compute()
+            self.measured[name] = Measured(float(perplexity), int(metric.windows))
+            self.log(f"perplexity/{name}", perplexity, prog_bar=True, logger=to_logger)
 
     def evaluation_names(self) -> list[str]:
         """Names of the evaluation data sets: the data module's, or their positions."""
@@ -136,11 +149,20 @@ class CausalLMModule(LightningModule):
         checkpoint["state_dict"].pop("clock", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the clock back."""
+        """Put the clock back.
+
+        Raises:
+            ValueError: a fit is to go on from the checkpoint: what was half compressed cannot be taken up yet.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start the run again "
+                "without it; its settings and seed give the same result"
+            )
         checkpoint["state_dict"]["clock"] = self.clock.detach()
 
 
-def load_network(path: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
+def load_network(path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> nn.Module:
     """Load a dense or compressed model, frozen and in eval mode; arguments as for `CausalLMModule`."""
     directory = Path(resolve_model(path)).expanduser()
     if is_compressed_dir(directory):
@@ -148,8 +170,10 @@ def load_network(path: str, dtype: torch.dtype, attn_implementation: str) -> nn.
     from transformers import AutoModelForCausalLM
 
     source = str(directory) if directory.is_dir() else path
-    with torch.random.fork_rng():  # transformers may initialize before it loads
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+    with own_random_state():  # transformers may initialize before it loads
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or torch.float32, attn_implementation=attn_implementation
+        )
     return model.requires_grad_(False).eval()
 
 

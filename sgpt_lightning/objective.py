@@ -57,11 +57,14 @@ class Objective:
         return shift if self.gap_mean is None else shift + self.gap_mean
 
     def relative_error(self, compressed: Tensor) -> float:
-        """Squared output error as a fraction of the squared output: tr(D H D') / tr(W H W') with D = W - Q."""
+        """Squared output error as a fraction of the squared output: tr(D H D') / tr(W H W') with D = W - Q.
+
+        No error is 0 also where there is no output; an error where there was no output is inf, and NaN stays NaN.
+        """
         difference = self.weight - compressed
         error = (difference @ self.hessian * difference).sum(dtype=torch.float64)
         total = (self.weight @ self.hessian * self.weight).sum(dtype=torch.float64)
-        return float(error / total) if float(total) > 0 else 0.0
+        return 0.0 if float(error) == 0 else float(error / total)
 
 
 def make_objective(
@@ -93,9 +96,10 @@ def make_objective(
     mean = dense_mean = gap_mean = None
     if parts.centre and has_bias:
         mean, dense_mean = statistics.mean.float(), statistics.dense_mean.float()
-        # A constant input has no variance left: it counts as dead, and the bias takes over what it gave.
-        hessian = hessian - torch.outer(mean, mean)
-        cross = None if cross is None else cross - torch.outer(dense_mean, mean)
+        # A constant input has no variance left but rounding: it counts as dead, and the bias takes over what it gave.
+        constant = statistics.variance == 0
+        hessian = (hessian - torch.outer(mean, mean)).masked_fill(constant | constant[:, None], 0)
+        cross = None if cross is None else (cross - torch.outer(dense_mean, mean)).masked_fill(constant, 0)
         if gap is not None and statistics.gap_mean is not None:
             gap_mean = statistics.gap_mean.float()
             gap = gap - torch.outer(gap_mean, mean)

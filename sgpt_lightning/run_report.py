@@ -24,6 +24,8 @@ from sgpt_lightning.report import (
     overall_histogram,
 )
 
+REPORT_KEYS = frozenset({"perplexity", "bytes", "bits_per_weight", "linears", "seconds", "recipe", "versions"})
+"""What `report.json` holds, and by which it is known."""
 VERSIONED = ("sgpt-lightning", "torch", "lightning", "transformers", "tokenizers", "safetensors")
 
 

@@ -14,6 +14,7 @@ a row's range is that of the whole row. Where the mask must be known before (mix
 groups, or a refit) a sweep that only prunes chooses it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from sgpt_lightning.allocation import allocate_budget, allocate_quantile
 from sgpt_lightning.budget import grid_kind, mean_code_bits, widest_width, width_axis
 from sgpt_lightning.grids import Grid, WidthAxis, dequantize_matrix, fit_affine_grid, quantize_matrix
+from sgpt_lightning.guards import exact_float32
 from sgpt_lightning.hessian import InverseFactor, inverse_factor
 from sgpt_lightning.importance import channel_importance
 from sgpt_lightning.least_squares import fit_survivors
@@ -32,6 +34,10 @@ from sgpt_lightning.ranges import refit_grid, search_grid
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.statistics import InputStatistics
 from sgpt_lightning.sweep import Quantizer, Swept, descend, sweep
+
+
+class SolveError(ValueError):
+    """A linear that cannot be solved to finite numbers; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class _Problem(NamedTuple):
 
 
 @torch.no_grad()
+@exact_float32()
 def compress_linear(
     weight: Tensor,
     statistics: InputStatistics,
@@ -168,8 +175,10 @@ def compress_linear(
         ValueError: the linear saw no token, in_features is not divisible by M of an N:M pattern, or the budget is
             below what mask, ranges and the narrowest width take.
         HessianError: the Hessian cannot be inverted.
+        SolveError: the weight holds NaN or inf, or what would be stored does.
     """
     check_pattern(recipe, weight.shape[1], name)
+    _check_weight(weight, name)
     parts = recipe.solve_parts
     objective = make_objective(
         weight.float(), statistics, parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
@@ -199,8 +208,16 @@ def compress_linear(
         status=objective.factor.status if columns.factor.status == "ok" else columns.factor.status,
         allocation=None if solved is None else _allocation_used(recipe, solved.widths),
     )
-    stored = result.weight()
-    return replace(result, relative_error=objective.relative_error(stored), bias_shift=objective.bias_shift(stored))
+    stored, name = result.weight(), name or "the linear"
+    if not bool(torch.isfinite(stored).all()):
+        raise SolveError(
+            f"{name} would be stored with NaN or inf: its weights, up to {float(weight.abs().max()):.3g}, overflow "
+            f"{storage_dtype}; store in bfloat16 or float32"
+        )
+    error = objective.relative_error(stored)
+    if not math.isfinite(error):
+        raise SolveError(f"the relative error of {name} is {error}: it cannot be told how good the result is")
+    return replace(result, relative_error=error, bias_shift=objective.bias_shift(stored))
 
 
 class Trial(NamedTuple):
@@ -215,10 +232,12 @@ class Trial(NamedTuple):
 
 
 @torch.no_grad()
+@exact_float32()
 def try_width(
     weight: Tensor, statistics: InputStatistics, recipe: Recipe, row_weights: Tensor, bits: int, name: str = ""
 ) -> Trial:
     """Solve as far as is needed to know the errors that a mask and one width make; arguments as `compress_linear`."""
+    _check_weight(weight, name)
     parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
     objective = make_objective(weight.float(), statistics, parts, has_bias=True, damp_percent=recipe.damp_percent)
     columns = _in_act_order(objective, name) if parts.act_order else _Columns(None, objective.factor)
@@ -229,6 +248,12 @@ def try_width(
     keep = torch.ones_like(rounded.stored) if rounded.drop is None else ~rounded.drop
     pruning = problem.row_costs(start.survivors)
     return Trial(pruning, problem.row_costs(rounded.stored) - pruning, keep.sum(1, dtype=torch.float64))
+
+
+def _check_weight(weight: Tensor, name: str) -> None:
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise SolveError(f"the weight of {name or 'the linear'} holds {bad} NaN or inf of {weight.numel()} entries")
 
 
 def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:

@@ -13,6 +13,8 @@ streams where it writes, of which the mean and E[g x'] are remembered.
 import torch
 from torch import Tensor
 
+from sgpt_lightning.guards import exact_float32
+
 
 class InputStatistics:
     """Running moments of the tokens that a linear has seen.
@@ -35,6 +37,7 @@ class InputStatistics:
         self._gap_sum: Tensor | None = None
 
     @torch.no_grad()
+    @exact_float32()
     def add(self, inputs: Tensor, dense_inputs: Tensor | None = None, gap: Tensor | None = None) -> None:
         """Add tokens.
 

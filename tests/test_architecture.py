@@ -9,11 +9,11 @@ import sgpt_lightning
 
 PACKAGE = Path(sgpt_lightning.__file__).parent
 RANKS = {
-    0: ("recipe", "statistics", "hessian", "bitpack", "metrics", "models", "grids", "least_squares"),
-    1: ("masks", "importance", "allocation", "blocks", "text", "layout", "ranges", "objective", "collector"),
-    2: ("sweep", "data", "gradients", "budget"),
-    3: ("solver",),
-    4: ("packed", "plan"),
+    0: ("recipe", "guards", "hessian", "bitpack", "metrics", "models", "grids", "least_squares"),
+    1: ("statistics", "masks", "allocation", "blocks", "text", "layout", "ranges"),
+    2: ("sweep", "importance", "objective", "collector", "data", "budget"),
+    3: ("solver", "gradients"),
+    4: ("packed", "plan", "checks"),
     5: ("report",),
     6: ("calibration", "sparsegpt"),
     7: ("checkpoint",),
