@@ -49,7 +49,7 @@ def solve() -> Callable[..., CompressedLinear]:
     return _solve
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For loops over small tensors, where a second thread only waits: 12 s became 2 s on two cores."""
     before = torch.get_num_threads()
