@@ -25,7 +25,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sgpt_lightning.blocks import find_decoder_blocks, is_conv1d, weight_matrix
+from sgpt_lightning.blocks import find_decoder_blocks, is_conv1d, mark_compressed, weight_matrix
 from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.packed import PackedWeight, WeightSpec, unpack_weight
 
@@ -236,6 +236,7 @@ def load_compressed(
         model.load_state_dict(_dense_state(stored, manifest, model, path), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not hold the tensors that its config.json asks for: {error}") from error
+    mark_compressed(model)
     return model.eval()
 
 

@@ -194,4 +194,5 @@ def test_mean_error_is_the_mean_over_linears():
     solved: dict[str, SolvedLinear] = compress(make_model("opt"), make_batches(1), RECIPE)
     errors = [linear.report.relative_error for linear in solved.values()]
     assert mean_error(solved.values()) == pytest.approx(sum(errors) / 12, rel=1e-12)  # float64 sums
-    assert mean_error([]) == 0
+    with pytest.raises(ValueError, match="at least one"):
+        mean_error([])  # the mean of nothing is no perfect score

@@ -1,5 +1,7 @@
 """What the solver promises whatever the numbers: exact counts, patterns in place, widths, errors, no side effects."""
 
+import math
+
 import pytest
 import torch
 from oracles import correlated_inputs, output_error, random_weight
@@ -8,7 +10,9 @@ from torch import Tensor
 from sgpt_lightning.grids import fit_affine_grid
 from sgpt_lightning.hessian import inverse_factor
 from sgpt_lightning.masks import MaskRule
-from sgpt_lightning.solver import compress_linear
+from sgpt_lightning.objective import make_objective
+from sgpt_lightning.recipe import PRESETS, Recipe
+from sgpt_lightning.solver import SolveError, compress_linear
 from sgpt_lightning.statistics import InputStatistics
 from sgpt_lightning.sweep import Quantizer, sweep
 
@@ -135,3 +139,48 @@ def test_the_column_loop_reads_no_value_back(collect, rule, bits):
     mask = rule.to("meta") if isinstance(rule, Tensor) else rule
     swept = sweep(weight.T.to("meta"), factor, mask, quantizer, 16)
     assert swept.weight.shape == (48, 10)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_weight_that_is_no_number_is_refused_by_name(solve, value, bits):
+    weight = random_weight(8, 16)
+    weight[3, 5] = value
+    with pytest.raises(SolveError, match=r"weight of layers\.7\.fc1 holds 1 NaN or inf of 128 entries"):
+        solve(weight, correlated_inputs(100, 16), "layers.7.fc1", sparsity=0.5, target_avg_bits=bits)
+
+
+def test_survivors_that_overflow_the_stored_dtype_are_refused_by_name(collect, plain_recipe):
+    weight = random_weight(8, 16)
+    weight[3, 5] = 1e5  # float16 ends at 65,504
+    statistics, recipe = collect(correlated_inputs(100, 16)), plain_recipe(sparsity=0.5)
+    with pytest.raises(SolveError, match=r"layers\.7\.fc1 would be stored with NaN or inf.*1e\+05.*float16"):
+        compress_linear(weight, statistics, recipe, "layers.7.fc1", torch.float16)
+    wide = compress_linear(weight, statistics, recipe, "layers.7.fc1", torch.bfloat16)
+    assert torch.isfinite(wide.weight()).all()
+
+
+def test_an_error_without_any_output_is_not_a_perfect_score():
+    live = torch.eye(2)
+    objective = make_objective(torch.zeros(1, 2), _seen(live), PRESETS["sparsegpt"].parts, has_bias=False)
+    assert objective.relative_error(torch.zeros(1, 2)) == 0
+    assert objective.relative_error(torch.ones(1, 2)) == float("inf")
+    assert math.isnan(objective.relative_error(torch.full((1, 2), float("nan"))))
+
+
+def _seen(inputs: Tensor) -> InputStatistics:
+    statistics = InputStatistics(inputs.shape[1])
+    statistics.add(inputs)
+    return statistics
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_inputs_that_never_vary_are_left_to_the_bias(bits):
+    constant = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    statistics = InputStatistics(32)
+    statistics.add(constant.expand(300, 32), constant.expand(300, 32))
+    weight = random_weight(16, 32)
+    result = compress_linear(weight, statistics, Recipe(target_avg_bits=bits), "linear", has_bias=True)
+    expected = weight.double() @ constant[0].double()
+    answered = result.weight().double() @ constant[0].double() + result.bias_shift.double()
+    torch.testing.assert_close(answered, expected, rtol=0, atol=1e-5)  # float32 sums of 32 terms of size 1
