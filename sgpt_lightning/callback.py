@@ -8,12 +8,15 @@ the callback runs the Trainer's validation loop itself: dense, compressed, and b
 """
 
 import json
+import os
 import signal
+import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,7 +29,6 @@ from sgpt_lightning.checks import check_batch
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.run_report import (
-    REPORT_KEYS,
     linear_reports,
     log_linears,
     log_perplexity,
@@ -36,32 +38,13 @@ from sgpt_lightning.run_report import (
     summary_table,
     versions,
 )
+from sgpt_lightning.trainer_setup import TrainerSettings, check_report_path, check_trainer, report_path, run_directory
 
 DEFAULT_RECIPE = Recipe()
 
 
 class IncompleteRunError(RuntimeError):
     """A run that ended before all linears were solved; nothing was written."""
-
-
-class _TrainerSettings(NamedTuple):
-    """What a fit sets for itself and gives back."""
-
-    max_epochs: int | None
-    check_val_every_n_epoch: int | None
-    num_sanity_val_steps: int | float
-    log_every_n_steps: int
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> "_TrainerSettings":
-        log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late, by a connector
-        return cls(trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps, log_every)
-
-    def apply(self, trainer: Trainer) -> None:
-        trainer.fit_loop.max_epochs = self.max_epochs
-        trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
-        trainer.num_sanity_val_steps = self.num_sanity_val_steps
-        trainer.log_every_n_steps = self.log_every_n_steps  # type: ignore[attr-defined]
 
 
 class _TextSeen(NamedTuple):
@@ -82,6 +65,10 @@ class SparseGPTCallback(Callback):
         calibration: `sequential` (one block per epoch, on the compressed blocks' outputs) or `one-shot` (one epoch).
         save_dir: where the compressed model goes; None for `compressed` in the run directory.
         validate_every_block: also measure perplexity after each block.
+
+    Raises:
+        TypeError: `recipe` is no `Recipe`.
+        ValueError: an unknown way to calibrate.
     """
 
     def __init__(
@@ -91,6 +78,10 @@ class SparseGPTCallback(Callback):
         save_dir: str | None = None,
         validate_every_block: bool = False,
     ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {recipe!r} ({type(recipe).__name__})")
+        if calibration not in get_args(Mode):
+            raise ValueError(f"calibration must be one of {', '.join(get_args(Mode))}, got {calibration!r}")
         self.recipe = recipe
         self.calibration = calibration
         self.save_dir = save_dir
@@ -98,7 +89,7 @@ class SparseGPTCallback(Callback):
         self.solved: dict[str, SolvedLinear] = {}
         self.manifest: Manifest | None = None
         self._calibration: Calibration | None = None
-        self._settings: _TrainerSettings | None = None
+        self._settings: TrainerSettings | None = None
         self._first_epoch = 0
         self._seen = _TextSeen(0, 0)
         self._perplexity: dict[str, dict[str, float]] = {}
@@ -118,13 +109,13 @@ class SparseGPTCallback(Callback):
             return
         if not isinstance(pl_module, CausalLMModule):
             raise TypeError(f"SparseGPTCallback needs a CausalLMModule, got {type(pl_module).__name__}")
-        _check_trainer(trainer)
+        check_trainer(trainer)
         in_memory = pl_module.network
         if is_compressed_dir(Path(pl_module.path)) or (in_memory is not None and is_marked_compressed(in_memory)):
             raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
         check_target(self.target(trainer))
-        _check_report_path(report_path(trainer))
-        self._settings = _TrainerSettings.of(trainer)
+        check_report_path(report_path(trainer))
+        self._settings = TrainerSettings.of(trainer)
         # Nothing is logged by step, but Lightning warns of epochs shorter than `log_every_n_steps`.
         self._settings._replace(num_sanity_val_steps=0, log_every_n_steps=1).apply(trainer)
 
@@ -214,14 +205,7 @@ class SparseGPTCallback(Callback):
             "blocks": len(find_decoder_blocks(network).blocks),
             "versions": versions(),
         }
-        self.manifest = save_compressed(
-            self.target(trainer),
-            network,
-            self.solved,
-            storage_dtype=pl_module.storage_dtype,
-            tokenizer=pl_module.tokenizer,
-            run=run,
-        )
+        self.manifest = self._save(trainer, pl_module, run)
         report = report_path(trainer)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(report_dict(self.manifest), indent=1) + "\n")
@@ -271,6 +255,32 @@ class SparseGPTCallback(Callback):
                 "limit_train_batches or a callback that stops the run"
             )
 
+    def _save(self, trainer: Trainer, pl_module: CausalLMModule, run: dict[str, Any]) -> Manifest:
+        """Write the model to its target; where that fails, somewhere else, and raise all the same."""
+
+        def save(directory: Path) -> Manifest:
+            return save_compressed(
+                directory,
+                _network(pl_module),
+                self.solved,
+                storage_dtype=pl_module.storage_dtype,
+                tokenizer=pl_module.tokenizer,
+                run=run,
+            )
+
+        target = self.target(trainer)
+        try:
+            return save(target)
+        except OSError as error:
+            for elsewhere in (run_directory(trainer), Path(tempfile.gettempdir())):
+                rescued = elsewhere / f"rescued-{os.getpid()}"
+                with suppress(OSError):
+                    save(rescued)
+                    raise OSError(
+                        f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
+                    ) from error
+            raise
+
     def _count(self, batch: Any) -> None:
         mask, ids = padding_mask(batch), batch["input_ids"]
         windows = len(ids) if mask is None else int(mask.any(1).sum())
@@ -308,49 +318,6 @@ class SparseGPTCallback(Callback):
         """Return how the calibration text was made, by the data module's word, and how much of it went in."""
         protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
         return _as_used({} if protocol is None else asdict(protocol), self._seen.windows, "trainer.limit_train_batches")
-
-
-def run_directory(trainer: Trainer) -> Path:
-    """Return the directory of the run: the logger's, or the Trainer's root."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def report_path(trainer: Trainer) -> Path:
-    """Return where the report of a run goes."""
-    return run_directory(trainer) / "report.json"
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    if str(trainer.precision).endswith("-mixed"):
-        raise ValueError(
-            f"trainer.precision must not be mixed, got {trainer.precision!r}: the Hessians would be gathered in "
-            "another dtype than the file is made for. Set the model's dtype instead"
-        )
-    if trainer.world_size != 1:
-        raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
-    ends = {
-        "fast_dev_run": trainer.fast_dev_run,  # type: ignore[attr-defined]  # set late, by a connector
-        "max_steps": trainer.max_steps != -1 and trainer.max_steps,
-        "limit_train_batches": trainer.limit_train_batches == 0 and "0",
-    }
-    early = [f"trainer.{name}={value}" for name, value in ends.items() if value]
-    if early:
-        raise ValueError(
-            f"{', '.join(early)} would end the run before every block is solved; leave it at its default "
-            "(data.num_samples and ignore make a run short)"
-        )
-
-
-def _check_report_path(path: Path) -> None:
-    """Raise ValueError if there is a file that is not a report of ours."""
-    if not path.exists():
-        return
-    try:
-        ours = set(json.loads(path.read_text())) >= REPORT_KEYS
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{path} exists and is no report of sgpt_lightning: move it or set trainer.default_root_dir")
 
 
 def _network(pl_module: LightningModule) -> nn.Module:

@@ -144,7 +144,7 @@ class Recipe:
     sparsity: float | None = None
     """Fraction of weights removed from each linear, in [0, 1); None takes the preset's (0.5, for `gptq` 0)."""
     pattern: str | None = None
-    """`N:M` (N zeros in every M consecutive inputs) instead of `sparsity`."""
+    """`N:M` (N zeros in every M consecutive inputs) instead of `sparsity`, which is then N / M."""
     target_avg_bits: float | None = 4.0
     """Mean code bits per surviving weight, at most; None prunes only."""
     target_bits_per_weight: float | None = None
@@ -176,26 +176,55 @@ class Recipe:
     """Exceptions; where several match a linear, the last one wins."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming the argument, the rule and the value."""
+        """Raise TypeError or ValueError naming the argument, the rule and the value."""
+        self._check_types()
         for name in ("widths", "ignore", "rules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_choice("preset", self.preset, Preset)
-        for name in ("sparsity", "allocation"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(PRESETS[self.preset], name))
+        self._resolve_sparsity()
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", PRESETS[self.preset].allocation)
         self._check_parts()
         if not 0 <= self.zeros < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.pattern is not None:
-            parse_pattern(self.pattern)
-        if not 0 < self.damp_percent <= 1:
-            raise ValueError(f"damp_percent is a fraction in (0, 1], got {self.damp_percent}")
+        if not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent is a fraction in (0, 1), 0.01 for 1 %, got {self.damp_percent}")
         self._check_bits()
         for rule in self.rules:
             try:
                 self._with(rule)
             except ValueError as error:
                 raise ValueError(f"rule for {rule.match!r}: {error}") from error
+
+    def _check_types(self) -> None:
+        number, whole, listed = (int, float), (int,), (list, tuple)
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("sparsity", "target_avg_bits", "target_bits_per_weight", "damp_percent"), number),
+            **dict.fromkeys(("block_size", "group_size"), whole),
+            **dict.fromkeys(("widths", "ignore", "rules"), listed),
+            "pattern": (str,),
+            "importance": (ImportanceWeights,),
+            "parts": (Mapping,),
+        }
+        for name, kind in kinds.items():
+            _check_type(name, getattr(self, name), kind)
+        for position, value in enumerate(self.ignore):
+            _check_type(f"ignore[{position}]", value, (str,))
+        for position, rule in enumerate(self.rules):
+            _check_type(f"rules[{position}]", rule, (LayerRule,))
+
+    def _resolve_sparsity(self) -> None:
+        """Take what is not given from the preset, and what a pattern implies from the pattern."""
+        implied = PRESETS[self.preset].sparsity
+        if self.pattern is not None:
+            zeros, group = parse_pattern(self.pattern)
+            implied = zeros / group
+            if self.sparsity not in (None, implied):
+                raise ValueError(
+                    f"sparsity must be left out with a pattern, {self.pattern} has {implied:g}, got {self.sparsity}"
+                )
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", implied)
 
     def _check_parts(self) -> None:
         known = [f.name for f in fields(Parts)]
@@ -236,8 +265,11 @@ class Recipe:
 
     def _with(self, rule: LayerRule) -> "Recipe":
         overrides = rule.overrides()
-        if "sparsity" in overrides and "pattern" not in overrides:
-            overrides["pattern"] = None
+        # Each of the two takes the other's place.
+        if "sparsity" in overrides:
+            overrides.setdefault("pattern", None)
+        elif "pattern" in overrides:
+            overrides["sparsity"] = None
         return replace(self, rules=(), **overrides)  # type: ignore[arg-type]
 
     @property
@@ -288,6 +320,14 @@ class Recipe:
         """Return the `ignore` patterns and rules that match none of `names`."""
         patterns = [*self.ignore, *(rule.match for rule in self.rules)]
         return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def _check_type(argument: str, value: object, kinds: tuple[type, ...]) -> None:
+    """Raise TypeError unless the value is of a kind; None is what is not given, and True is no number."""
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool)):
+        return
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise TypeError(f"{argument} must be {wanted}, got {value!r} ({type(value).__name__})")
 
 
 def _check_choice(argument: str, value: object, choices: object) -> None:

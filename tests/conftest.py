@@ -23,7 +23,12 @@ def _plain_recipe(**settings) -> Recipe:
     Small blocks, so that the lazy update of the sweep is at work.
     """
     parts = {name: settings.pop(name) for name in list(settings) if hasattr(PRESETS["best"].parts, name)}
-    defaults = {"preset": "sparsegpt", "sparsity": 0.0, "target_avg_bits": None, "widths": tuple(range(1, 9))}
+    defaults = {
+        "preset": "sparsegpt",
+        "sparsity": None if "pattern" in settings else 0.0,
+        "target_avg_bits": None,
+        "widths": tuple(range(1, 9)),
+    }
     return Recipe(**(defaults | {"block_size": 32, "uniform_if_better": False, "parts": parts} | settings))
 
 

@@ -18,9 +18,10 @@ RANKS = {
     6: ("calibration", "sparsegpt"),
     7: ("checkpoint",),
     8: ("module", "run_report"),
-    9: ("callback", "progress"),
-    10: ("cli",),
-    11: ("__main__",),
+    9: ("trainer_setup", "progress"),
+    10: ("callback",),
+    11: ("cli",),
+    12: ("__main__",),
 }
 RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
 CORE = [module for module, rank in RANK.items() if rank <= 4 and module not in ("metrics", "models", "text", "data")]

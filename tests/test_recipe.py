@@ -36,7 +36,8 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.
         ({"allocation": "random"}, "allocation", "uniform, quantile, budget", "random"),
         ({"damp_percent": 0.0}, "damp_percent", "fraction", "0.0"),
         ({"damp_percent": -0.01}, "damp_percent", "fraction", "-0.01"),
-        ({"damp_percent": 1.5}, "damp_percent", "fraction", "1.5"),
+        ({"damp_percent": 1.0}, "damp_percent", "fraction.*0.01 for 1 %", "1.0"),
+        ({"pattern": "2:4", "sparsity": 0.3}, "sparsity", "2:4 has 0.5", "0.3"),
         ({"block_size": 0}, "block_size", "at least 1", "0"),
         ({"group_size": 0}, "group_size", "at least 1", "0"),
         ({"preset": "awq"}, "preset", "best, sparsegpt, gptq", "awq"),
@@ -59,6 +60,32 @@ def test_a_bad_value_is_refused_with_argument_rule_and_value(settings, argument,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"sparsity": "half"}, "sparsity must be int or float, got 'half'"),
+        ({"target_avg_bits": "4"}, "target_avg_bits must be int or float, got '4'"),
+        ({"sparsity": True}, "sparsity must be int or float, got True"),
+        ({"widths": 4}, "widths must be list or tuple, got 4"),
+        ({"block_size": 1.5}, "block_size must be int, got 1.5"),
+        ({"pattern": (2, 4)}, r"pattern must be str, got \(2, 4\)"),
+        ({"ignore": "*.fc1"}, r"ignore must be list or tuple, got '\*\.fc1'"),
+        ({"ignore": [3]}, r"ignore\[0\] must be str, got 3"),
+        ({"rules": [{"match": "*.fc1"}]}, r"rules\[0\] must be LayerRule, got \{"),
+        ({"importance": {"weight": 1}}, "importance must be ImportanceWeights, got {"),
+        ({"parts": ["alpha"]}, "parts must be Mapping, got"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_argument(settings, message):
+    with pytest.raises(TypeError, match=message):
+        Recipe(**settings)
+
+
+def test_the_sparsity_of_a_pattern_is_the_patterns():
+    assert Recipe(pattern="1:4").sparsity == 0.25
+    assert Recipe(pattern="1:4", sparsity=0.25) == Recipe(pattern="1:4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"activation": -0.1, "hessian": 0.6}, r"negative, got .*'activation': -0\.1"),
         ({"activation": float("nan")}, "negative, got .*activation.*nan"),
         ({"activation": 0.5}, r"sum to 1, got 1\.25 from"),
@@ -75,7 +102,7 @@ def test_the_bounds_themselves_are_allowed():
     ImportanceWeights(0.1, 0.2, 0.3, 0.2, 0.2)  # 1.0000000000000002 in binary
     for widths in ((1,), (8,), tuple(range(1, 9))):
         for target in (widths[0], widths[-1]):
-            Recipe(sparsity=0.0, damp_percent=1.0, block_size=1, widths=widths, target_avg_bits=target)
+            Recipe(sparsity=0.0, damp_percent=0.99, block_size=1, widths=widths, target_avg_bits=target)
             Recipe(widths=widths, target_avg_bits=target, allocation="uniform")
 
 

@@ -233,3 +233,32 @@ def test_only_real_tokens_count_towards_too_few(tmp_path):
     )
     with pytest.warns(UserWarning, match="48 calibration tokens are fewer than the 64 in_features"):
         make_trainer(tmp_path, SparseGPTCallback(PRUNED)).fit(module(), loader)
+
+
+class PutAFileInTheWay(Callback):
+    """Stands for a disk that fills up while the run goes on: the target's parent cannot be made any more."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.path.write_text("in the way")
+
+
+def test_what_was_solved_is_kept_when_the_target_cannot_be_written(tmp_path):
+    blocked = PutAFileInTheWay(tmp_path / "disk")
+    callback = SparseGPTCallback(PRUNED, save_dir=str(tmp_path / "disk" / "model"))
+    wrapped = module()
+    with pytest.raises(OSError, match=r"could not be written to .*disk/model .*, but to .*rescued-\d+: move it"):
+        make_trainer(tmp_path, callback, blocked).fit(wrapped, make_loader())
+    rescued = next(tmp_path.glob("rescued-*"))
+    tokens = make_tokens(1, 12)
+    with torch.no_grad():
+        assert torch.equal(load_compressed(rescued)(tokens).logits, wrapped.network(tokens).logits)
+
+
+def test_settings_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"recipe must be a Recipe, got \{"):
+        SparseGPTCallback({"sparsity": 0.5})
+    with pytest.raises(ValueError, match="calibration must be one of sequential, one-shot, got 'twice'"):
+        SparseGPTCallback(calibration="twice")
