@@ -158,15 +158,7 @@ class SparseGPT:
             self._undo()
             return
         compressed = compress_linear(weight, statistics, recipe, self.layer_name, weight.dtype)
-        report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
-        stored = compressed.weight().to(weight.dtype)
-        if not bool(torch.isfinite(stored).all()):
-            raise ValueError(f"{self._name} was solved to weights that {weight.dtype} cannot hold: they would be inf")
-        if self._dense is None:
-            self._dense = weight.clone()
-        set_weight_matrix(self.layer, stored)
-        self.compressed = compressed
-        self.report = report if self.stats_collector is None else self.stats_collector.add(report, self.report)
+        self._accept(compressed, weight)
         self.seconds = time.perf_counter() - started
 
     def free(self) -> None:
@@ -193,6 +185,18 @@ class SparseGPT:
                 "result; make a new SparseGPT to solve it as it is"
             )
         return self._dense
+
+    def _accept(self, compressed: CompressedLinear, dense: Tensor) -> None:
+        """Write what `dense` was solved to into the layer, and report it; nothing is changed if it cannot be held."""
+        report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
+        stored = compressed.weight().to(dense.dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"{self._name} was solved to weights that {dense.dtype} cannot hold: they would be inf")
+        if self._dense is None:
+            self._dense = dense.clone()
+        set_weight_matrix(self.layer, stored)
+        self.compressed = compressed
+        self.report = report if self.stats_collector is None else self.stats_collector.add(report, self.report)
 
     def _undo(self) -> None:
         """Write the dense weight back and forget the solve, if there was one."""
