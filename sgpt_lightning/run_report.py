@@ -15,13 +15,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.checkpoint import Manifest
 from sgpt_lightning.report import (
-    LINEAR_COLUMNS,
     LinearReport,
     format_bytes,
     format_table,
-    linear_row,
     mean_bits,
     overall_histogram,
+    table_of_linears,
 )
 
 REPORT_KEYS = frozenset({"perplexity", "bytes", "bits_per_weight", "linears", "seconds", "recipe", "versions"})
@@ -42,7 +41,7 @@ def versions() -> dict[str, str]:
 
 def linear_reports(manifest: Manifest) -> list[LinearReport]:
     """Return the reports of the compressed linears, in the order of the model."""
-    return [_linear_report(entry["report"]) for entry in manifest.linears.values()]
+    return [LinearReport.from_dict(entry["report"]) for entry in manifest.linears.values()]
 
 
 def report_dict(manifest: Manifest) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def ledger_table(manifest: Manifest) -> str:
 
 def linears_table(manifest: Manifest) -> str:
     """Return one row per compressed linear."""
-    return format_table(LINEAR_COLUMNS, [linear_row(linear) for linear in linear_reports(manifest)])
+    return table_of_linears(linear_reports(manifest), details=True)
 
 
 def status_line(linears: Sequence[LinearReport]) -> str:
@@ -179,12 +178,6 @@ def _log_histogram(logger: Logger, tag: str, channels: Mapping[int, int], step: 
         if isinstance(logger, TensorBoardLogger):
             widths = torch.repeat_interleave(torch.tensor(list(channels)), torch.tensor(list(channels.values())))
             logger.experiment.add_histogram(tag, widths, step, bins=[bits - 0.5 for bits in range(1, 10)])
-
-
-def _linear_report(values: Mapping[str, Any]) -> LinearReport:
-    histogram = {int(bits): count for bits, count in values["bits_histogram"].items()}
-    low, high = values["importance_range"]
-    return LinearReport(**{**values, "bits_histogram": histogram, "importance_range": (low, high)})
 
 
 def _figure(value: float | None) -> str:

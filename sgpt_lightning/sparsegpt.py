@@ -55,10 +55,19 @@ class Quantizer:
 class SparseGPT:
     """Prunes and quantizes one layer from the inputs it was shown.
 
+    Every solve starts from the dense weight and all inputs seen so far. The first one keeps a copy of the weight, on
+    the layer's device and in its dtype (2 bytes a weight in 16 bits, until `free`), and later ones solve from that copy
+    and replace the result, its report and its row of the statistics. So one object swept over budgets gives what a new
+    object for each budget would give.
+
+    Between two solves the layer may hold what the last one wrote, or the dense weight again. With any other weight,
+    such as one that was fine-tuned, another solve raises ValueError, because nothing says which of the two is the
+    truth; a new SparseGPT takes the layer as it is.
+
     Args:
         layer: nn.Linear, transformers.Conv1D or nn.Conv2d (ungrouped).
-        layer_name: for error messages and statistics.
-        stats_collector: receives a report per solve.
+        layer_name: for error messages and statistics, which tell apart names that come twice.
+        stats_collector: holds the report of the latest solve.
     """
 
     def __init__(
@@ -74,6 +83,8 @@ class SparseGPT:
         self.quantizer: Quantizer | None = None
         self.report: LinearReport | None = None
         self.compressed: CompressedLinear | None = None
+        self.seconds = 0.0
+        self._dense: Tensor | None = None
         matrix = weight_matrix(layer)
         self.dev = matrix.device
         self.rows, self.columns = matrix.shape
@@ -85,16 +96,23 @@ class SparseGPT:
         return self._live_statistics().tokens
 
     def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
-        """Add inputs, `[..., in_features]` (`[batch, channels, height, width]` for Conv2d); `out` is unused.
+        """Add inputs to those that the next solve counts; `out` is unused.
+
+        Args:
+            inp: `[..., in_features]`, for Conv2d `[batch, channels, height, width]` or one image without `batch`;
+                any floating dtype, on the device that the layer was on when this object was made.
+            out: what the layer made of it, as hooks hand it over.
 
         Raises:
-            ValueError: the inputs hold NaN or inf.
+            TypeError: the inputs are no tensor of floating numbers.
+            ValueError: they have another number of features or channels, are on another device, or hold NaN or inf;
+                or this object was freed.
         """
-        if not bool(torch.isfinite(inp).all()):
-            raise ValueError(f"{self.layer_name or 'the layer'} received NaN or inf")
+        statistics = self._live_statistics()
+        self._check_inputs(inp)
         if isinstance(self.layer, nn.Conv2d):
             inp = self._patches(inp if inp.dim() == 4 else inp[None])
-        self._live_statistics().add(inp)
+        statistics.add(inp)
 
     def fasterprune(
         self,
@@ -106,7 +124,9 @@ class SparseGPT:
         target_avg_bits: float | None = None,
         bit_allocation_method: Allocation = "quantile",
     ) -> None:
-        """Solve the layer and write the result into it.
+        """Solve the layer from its dense weight and write the result into it.
+
+        With neither pruning nor a quantizer asked for, the layer is left, or made again, as it was before.
 
         Args:
             sparsity: fraction to remove; unused when `prunen` is set.
@@ -119,7 +139,9 @@ class SparseGPT:
             bit_allocation_method: how a given `target_avg_bits` is dealt to channels.
 
         Raises:
-            ValueError: a setting is out of range, or no batch was added.
+            ValueError: a setting is out of range, no batch was added, this object was freed, the layer was moved or
+                changed since the last solve, or its weight or what came of it holds NaN or inf. The layer is then left
+                as it was.
         """
         started = time.perf_counter()
         recipe = Recipe(
@@ -131,22 +153,58 @@ class SparseGPT:
             damp_percent=percdamp,
             **self._bits(target_avg_bits, bit_allocation_method),
         )
+        statistics, weight = self._live_statistics(), self._dense_weight()
         if not recipe.prunes and not recipe.quantizes:
+            self._undo()
             return
-        weight = weight_matrix(self.layer)
-        compressed = compress_linear(weight, self._live_statistics(), recipe, self.layer_name, weight.dtype)
-        set_weight_matrix(self.layer, compressed.weight())
-        self.compressed = compressed
-        self.report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
+        compressed = compress_linear(weight, statistics, recipe, self.layer_name, weight.dtype)
+        self._accept(compressed, weight)
         self.seconds = time.perf_counter() - started
-        if self.stats_collector is not None:
-            self.stats_collector.add(self.report)
 
     def free(self) -> None:
-        """Drop the statistics."""
-        self.statistics = None
+        """Drop the statistics and the copy of the dense weight; the report and what was solved stay."""
+        self.statistics = self._dense = None
         if self.dev.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def _name(self) -> str:
+        return self.layer_name or "the layer"
+
+    def _dense_weight(self) -> Tensor:
+        """Return the weight to solve from, `[out_features, in_features]`: the layer's own, once solved its copy."""
+        weight = weight_matrix(self.layer)
+        if weight.device != self.dev:
+            raise ValueError(f"{self._name} must stay on {self.dev}, where its SparseGPT was made, got {weight.device}")
+        if self._dense is None:
+            return weight
+        written = None if self.compressed is None else self.compressed.weight().to(self._dense.dtype)
+        if not any(known is not None and _same(weight, known) for known in (written, self._dense)):
+            raise ValueError(
+                f"the weight of {self._name} was changed since it was solved, and is neither the dense one nor the "
+                "result; make a new SparseGPT to solve it as it is"
+            )
+        return self._dense
+
+    def _accept(self, compressed: CompressedLinear, dense: Tensor) -> None:
+        """Write what `dense` was solved to into the layer, and report it; nothing is changed if it cannot be held."""
+        report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
+        stored = compressed.weight().to(dense.dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"{self._name} was solved to weights that {dense.dtype} cannot hold: they would be inf")
+        if self._dense is None:
+            self._dense = dense.clone()
+        set_weight_matrix(self.layer, stored)
+        self.compressed = compressed
+        self.report = report if self.stats_collector is None else self.stats_collector.add(report, self.report)
+
+    def _undo(self) -> None:
+        """Write the dense weight back and forget the solve, if there was one."""
+        if self._dense is not None:
+            set_weight_matrix(self.layer, self._dense)
+        if self.report is not None and self.stats_collector is not None:
+            self.stats_collector.remove(self.report)
+        self._dense = self.compressed = self.report = None
 
     def _bits(self, target: float | None, allocation: str) -> dict[str, Any]:
         """Return the recipe's fields for what the quantizer and the arguments ask for together."""
@@ -159,8 +217,25 @@ class SparseGPT:
 
     def _live_statistics(self) -> InputStatistics:
         if self.statistics is None:
-            raise ValueError(f"{self.layer_name or 'the layer'} was freed: its statistics are gone")
+            raise ValueError(f"{self._name} was freed: its statistics are gone")
         return self.statistics
+
+    def _check_inputs(self, inp: Tensor) -> None:
+        """Raise TypeError or ValueError if the inputs are none of this layer's."""
+        if not isinstance(inp, Tensor) or not inp.is_floating_point():
+            found = inp.dtype if isinstance(inp, Tensor) else type(inp).__name__
+            raise TypeError(f"inp of {self._name} must be a tensor of floating numbers, got {found}")
+        if isinstance(self.layer, nn.Conv2d):
+            fits = inp.dim() in (3, 4) and inp.shape[-3] == self.layer.in_channels
+            rule = f"[batch, {self.layer.in_channels}, height, width]"
+        else:
+            fits, rule = inp.shape[-1:] == (self.columns,), f"[..., {self.columns}]"
+        if not fits:
+            raise ValueError(f"inp of {self._name} must be of shape {rule}, got {list(inp.shape)}")
+        if inp.device != self.dev:
+            raise ValueError(f"inp of {self._name} must be on {self.dev}, like the layer, got {inp.device}")
+        if not bool(torch.isfinite(inp).all()):
+            raise ValueError(f"{self._name} received NaN or inf")
 
     def _patches(self, images: Tensor) -> Tensor:
         """Return the patches that a Conv2d multiplies, `[batch * positions, in_features]`."""
@@ -169,6 +244,10 @@ class SparseGPT:
         assert not isinstance(conv.padding, str)
         unfolded = nn.functional.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
         return unfolded.transpose(1, 2).reshape(-1, self.columns)
+
+
+def _same(weight: Tensor, known: Tensor) -> bool:
+    return weight.dtype == known.dtype and torch.equal(weight, known)
 
 
 def _check_conv2d(conv: nn.Conv2d, name: str) -> None:
