@@ -23,16 +23,8 @@ from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibrat
 from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.run_report import (
-    linear_reports,
-    log_linears,
-    log_perplexity,
-    log_run,
-    report_dict,
-    status_line,
-    summary_table,
-    versions,
-)
+from sgpt_lightning.run_logs import log_linears, log_perplexity, log_run
+from sgpt_lightning.run_report import linear_reports, report_dict, status_line, summary_table, versions
 
 DEFAULT_RECIPE = Recipe()
 
@@ -186,7 +178,7 @@ class SparseGPTCallback(Callback):
 
     def target(self, trainer: Trainer) -> Path:
         """Return the directory that the compressed model is written to."""
-        return Path(self.save_dir) if self.save_dir is not None else run_directory(trainer) / "compressed"
+        return Path(self.save_dir).expanduser() if self.save_dir is not None else run_directory(trainer) / "compressed"
 
     def _observe(self, trainer: Trainer) -> Any:
         def step(batch: Mapping[str, Tensor], batch_idx: int) -> None:
