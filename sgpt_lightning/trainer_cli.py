@@ -49,7 +49,9 @@ def _hint(message: str, options: Sequence[str]) -> str:
     """Return what to write instead, for an option or key that is unknown and for a list without quotes."""
     unknown = re.search(r"(?:unrecognized arguments: --|option ')([\w.-]+)", message)
     if unknown:
-        hint = did_you_mean(unknown[1], [option.removeprefix("--") for option in options])
+        names = [option.removeprefix("--") for option in options]
+        same_end = [name for name in names if name.rpartition(".")[2] == unknown[1].rpartition(".")[2]]
+        hint = did_you_mean(unknown[1], same_end, cutoff=0.0) or did_you_mean(unknown[1], names)
         return hint.replace("mean ", "mean --") if "arguments: --" in message else hint
     no_list = re.search(r'key "([\w.]+)":\s+Expected a <class \'collections.abc.Sequence\'>. Got value: (.*)', message)
     if no_list:
@@ -159,8 +161,10 @@ def run() -> None:
     _silence_transformers()
     try:
         SGPTCli()
-    except (MisconfigurationException, SafetensorError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"{error}") from error
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer cannot be set up like this: {error}") from error
+    except (SafetensorError, torch.OutOfMemoryError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
