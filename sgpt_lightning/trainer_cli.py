@@ -127,11 +127,9 @@ class SGPTCli(LightningCLI):
         now = _identity(target)
         if now not in (None, self._before):
             return f"the run is complete, and its model is in {target}"
-        titles = getattr(self.model, "epoch_titles", ())
-        epoch = self.trainer.current_epoch
-        lost = f"what was solved up to {titles[epoch]} is lost" if epoch < len(titles) else "nothing was solved yet"
+        lost = f"{len(self._callback().solved)} solved linears are lost"
         if self._before is None:
-            return f"{lost}, and nothing was written to {target}"
+            return f"{lost}; nothing was written to {target}"
         if now is None:  # stopped between the two renames of a save
             return f"{lost}; the earlier model in {target} is put back when it is next used"
         return f"{lost}; the earlier model in {target} is intact"
