@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -27,17 +26,10 @@ from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibrat
 from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
 from sgpt_lightning.checks import check_batch
 from sgpt_lightning.module import CausalLMModule
+from sgpt_lightning.progress import seconds_left
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.run_report import (
-    linear_reports,
-    log_linears,
-    log_perplexity,
-    log_run,
-    report_dict,
-    status_line,
-    summary_table,
-    versions,
-)
+from sgpt_lightning.run_logs import log_linears, log_perplexity, log_run
+from sgpt_lightning.run_report import linear_reports, report_dict, status_line, summary_table, versions
 from sgpt_lightning.trainer_setup import TrainerSettings, check_report_path, check_trainer, report_path, run_directory
 
 DEFAULT_RECIPE = Recipe()
@@ -95,6 +87,9 @@ class SparseGPTCallback(Callback):
         self._perplexity: dict[str, dict[str, float]] = {}
         self._seconds: dict[str, float] = {}
         self._last_error: float | None = None
+        self._block_seconds: list[float] = []
+        self._block_started = 0.0
+        self._measure_seconds = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model is loaded.
@@ -125,7 +120,7 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
-        self._seen = _TextSeen(0, 0)
+        self._seen, self._block_seconds = _TextSeen(0, 0), []
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.epoch_titles = self._calibration.titles
@@ -143,6 +138,7 @@ class SparseGPTCallback(Callback):
         if trainer.num_training_batches == float("inf"):
             raise ValueError("the training data must have a length: every block is calibrated on the same batches")
         self._measure("dense", trainer, pl_module, 0)
+        self._block_started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the batch to the calibration."""
@@ -169,13 +165,13 @@ class SparseGPTCallback(Callback):
             self._seconds["solve"] += time.perf_counter() - started
             self.solved |= solved
             done += 1
+            now = time.perf_counter()
             if solved:
                 self._last_error = mean_error(solved.values())
+                self._block_seconds.append(now - self._block_started)
                 log_linears(trainer.loggers, solved, done - self._calibration.preparation)
-        if self._last_error is not None:
-            spent = self._seconds["calibrate"] + self._seconds["solve"]
-            shown = {"error": self._last_error, "seconds_left": spent / max(done, 1) * (epochs - done)}
-            pl_module.log_dict(shown, prog_bar=True, logger=False)
+            self._block_started = now
+        self._show(pl_module, epochs - done)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model with the block that was just solved, the last time always."""
@@ -274,12 +270,21 @@ class SparseGPTCallback(Callback):
         except OSError as error:
             for elsewhere in (run_directory(trainer), Path(tempfile.gettempdir())):
                 rescued = elsewhere / f"rescued-{os.getpid()}"
-                with suppress(OSError):
+                try:
                     save(rescued)
-                    raise OSError(
-                        f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
-                    ) from error
+                except OSError:
+                    continue
+                raise OSError(
+                    f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
+                ) from error
             raise
+
+    def _show(self, pl_module: LightningModule, remaining: int) -> None:
+        """Give the progress bar the error of the last block and the time that is left."""
+        running = time.perf_counter() - self._block_started
+        left = seconds_left(self._block_seconds, running, remaining, closing=self._measure_seconds)
+        if self._last_error is not None and left is not None:
+            pl_module.log_dict({"error": self._last_error, "seconds_left": left}, prog_bar=True, logger=False)
 
     def _count(self, batch: Any) -> None:
         mask, ids = padding_mask(batch), batch["input_ids"]
@@ -301,7 +306,8 @@ class SparseGPTCallback(Callback):
             trainer.training = True
         self._perplexity[label] = {name: measured.perplexity for name, measured in pl_module.measured.items()}
         log_perplexity(trainer.loggers, self._perplexity[label], blocks)
-        self._seconds["evaluate"] += time.perf_counter() - started
+        self._measure_seconds = time.perf_counter() - started
+        self._seconds["evaluate"] += self._measure_seconds
 
     def _warn_of_few_tokens(self, network: nn.Module) -> None:
         linears = find_decoder_blocks(network).linears()

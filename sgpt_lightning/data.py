@@ -19,15 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sgpt_lightning.models import load_tokenizer
-from sgpt_lightning.text import (
-    SOURCES,
-    Role,
-    TextProtocol,
-    Windows,
-    calibration_windows,
-    evaluation_windows,
-    find_source,
-)
+from sgpt_lightning.sources import SOURCES, Role, find_source
+from sgpt_lightning.text import TextProtocol, Windows, calibration_windows, evaluation_windows
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -84,7 +77,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: model directory, hub id or `opt-mini`, the embedded model.
         seq_len: tokens in a window.
         calibration: text source to calibrate on.
-        evaluation: text sources to measure perplexity on.
+        evaluation: text sources to measure perplexity on; a single one may stand alone.
         num_samples: calibration windows, taken at random.
         eval_windows: evaluation windows of each source, the first ones; all there are when null.
         batch_size: windows in a batch on each device.
@@ -106,7 +99,7 @@ class TextDataModule(LightningDataModule):
         tokenizer: str = "opt-mini",
         seq_len: int = 512,
         calibration: str = "python-docs",
-        evaluation: Sequence[str] = ("python-docs",),
+        evaluation: Sequence[str] | str = ("python-docs",),
         num_samples: int = 128,
         eval_windows: int | None = None,
         batch_size: int = 1,
@@ -116,19 +109,19 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.calibration = calibration
-        self.evaluation = tuple(evaluation)
+        self.evaluation = (evaluation,) if isinstance(evaluation, str) else tuple(evaluation)
         self.num_samples = num_samples
         self.eval_windows = eval_windows
         self.batch_size = batch_size
         self.seed = seed
-        self._check(evaluation)
+        self._check()
         self.evaluation_names = _short_names(self.evaluation)
         self.calibration_protocol = None
         self.protocols = {}
         self._calibration_windows: TokenWindows | None = None
         self._evaluation_windows: dict[str, TokenWindows] = {}
 
-    def _check(self, evaluation: Sequence[str]) -> None:
+    def _check(self) -> None:
         problems = [
             f"{name} must be at least {least}, got {value}"
             for name, value, least in (
@@ -139,8 +132,8 @@ class TextDataModule(LightningDataModule):
             )
             if value is not None and value < least
         ]
-        if isinstance(evaluation, str) or not self.evaluation:
-            raise ValueError(f"evaluation must be a list of at least one text source, got {evaluation!r}")
+        if not self.evaluation:
+            problems.append("evaluation must name at least one text source, got none")
         repeated = sorted({name for name in self.evaluation if self.evaluation.count(name) > 1})
         if repeated:
             problems.append(f"evaluation names {repeated} more than once")

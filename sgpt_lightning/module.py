@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from sgpt_lightning.blocks import model_inputs
 from sgpt_lightning.checkpoint import is_compressed_dir, load_compressed
-from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.metrics import Perplexity
-from sgpt_lightning.models import load_tokenizer, require_hub, resolve_model
+from sgpt_lightning.models import find_model, load_dense, load_tokenizer, resolve_model
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -167,14 +166,7 @@ def load_network(path: str, dtype: torch.dtype | None = None, attn_implementatio
     directory = Path(resolve_model(path)).expanduser()
     if is_compressed_dir(directory):
         return load_compressed(directory, dtype=dtype, attn_implementation=attn_implementation).requires_grad_(False)
-    from transformers import AutoModelForCausalLM
-
-    source = str(directory) if directory.is_dir() else path
-    with own_random_state():  # transformers may initialize before it loads
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, attn_implementation=attn_implementation
-        )
-    return model.requires_grad_(False).eval()
+    return load_dense(path, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
 
 
 def checked_seq_len(seq_len: int | None, config: Any, path: str) -> int:
@@ -192,14 +184,10 @@ def checked_seq_len(seq_len: int | None, config: Any, path: str) -> int:
 
 
 def _read_config(path: str) -> Any:
-    directory = Path(resolve_model(path)).expanduser()
-    if not directory.is_dir():
-        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-            raise ValueError(f"model path {path!r} is not an existing directory")
-        require_hub(f"the model {path!r}, which is no directory here,")
+    directory = find_model(path)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(directory) if directory.is_dir() else path)
+    return AutoConfig.from_pretrained(str(directory or path))
 
 
 def _storage_dtype(config: Any) -> torch.dtype:

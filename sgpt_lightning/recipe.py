@@ -221,7 +221,8 @@ class Recipe:
             implied = zeros / group
             if self.sparsity not in (None, implied):
                 raise ValueError(
-                    f"sparsity must be left out with a pattern, {self.pattern} has {implied:g}, got {self.sparsity}"
+                    f"sparsity must be left out (null) with a pattern: {self.pattern} has {implied:g}, "
+                    f"got {self.sparsity}"
                 )
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", implied)

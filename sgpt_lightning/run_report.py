@@ -1,25 +1,23 @@
-"""A whole run in one place: the JSON report, the tables for people, and the scalars for TensorBoard.
+"""A whole run in one place: the JSON report and the tables for people; for loggers see `run_logs.py`.
 
 Everything is derived from the manifest that was written with the model, so the callback at the end of a run and
 `sgpt inspect` years later print the same figures.
 """
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.checkpoint import Manifest
 from sgpt_lightning.report import (
     LinearReport,
     format_bytes,
     format_table,
     mean_bits,
-    overall_histogram,
     table_of_linears,
 )
 
@@ -121,63 +119,23 @@ def status_line(linears: Sequence[LinearReport]) -> str:
     )
 
 
-def log_perplexity(loggers: Iterable[Logger], perplexity: Mapping[str, float], blocks: int) -> None:
-    """Log perplexities with the number of compressed blocks as the step (0 = dense)."""
-    for logger in loggers:
-        logger.log_metrics({f"perplexity/{name}": value for name, value in perplexity.items()}, step=blocks)
+def inspection(directory: Path, manifest: Manifest) -> str:
+    """Return all that `sgpt inspect` shows of a directory."""
+    run = manifest.run
+    settings = ", ".join(f"{key}={value}" for key, value in run.get("recipe", {}).items())
+    protocols = run.get("perplexity", {}).get("protocol", {})
+    parts = [
+        f"{directory}: {run.get('model', 'model')} compressed by sgpt_lightning\nrecipe: {settings}",
+        summary_table(manifest),
+        ledger_table(manifest),
+        linears_table(manifest),
+        "\n".join([status_line(linear_reports(manifest)), *map(_protocol_line, protocols, protocols.values())]),
+    ]
+    return "\n\n".join(parts)
 
 
-def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], blocks: int) -> None:
-    """Log what was done to the linears of one block; the step is the number of compressed blocks."""
-    for logger in loggers:
-        for name, linear in solved.items():
-            report = linear.report
-            figures = {
-                "sparsity": report.sparsity,
-                "relative_error": report.relative_error,
-                "bytes": float(report.bytes),
-                "bits_per_weight": report.bits_per_weight,
-            }
-            if report.mean_bits is not None:
-                figures["mean_bits"] = report.mean_bits
-            logger.log_metrics({f"{key}/{name}": value for key, value in figures.items()}, step=blocks)
-            _log_histogram(logger, f"bits/{name}", report.bits_histogram, blocks)
-
-
-def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
-    """Log the overall histogram, recipe and tables as text, and hparams with final perplexity and size."""
-    recipe = manifest.run.get("recipe", {})
-    final = manifest.run.get("perplexity", {}).get("compressed", {})
-    metrics = {f"final/perplexity/{name}": value for name, value in final.items()}
-    metrics |= {
-        "final/file_bytes": float(manifest.ledger.file),
-        "final/bits_per_weight": manifest.ledger.linear_bits_per_weight,
-    }
-    blocks = manifest.run.get("blocks", 0)
-    for logger in loggers:
-        _log_histogram(logger, "bits/all", overall_histogram(linear_reports(manifest)), blocks)
-        if not isinstance(logger, TensorBoardLogger):
-            logger.log_metrics(metrics, step=blocks)
-            continue
-        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in recipe.items()}
-        logger.log_hyperparams(flat, metrics, step=blocks)
-        texts = {
-            "recipe": format_table(("setting", "value"), [(key, str(value)) for key, value in recipe.items()]),
-            "summary": summary_table(manifest),
-            "ledger": ledger_table(manifest),
-            "linears": linears_table(manifest),
-        }
-        for tag, text in texts.items():
-            logger.experiment.add_text(tag, text, blocks)
-
-
-def _log_histogram(logger: Logger, tag: str, channels: Mapping[int, int], step: int) -> None:
-    if channels:
-        counts = {f"channels/{tag}/{bits}": float(count) for bits, count in channels.items()}
-        logger.log_metrics(counts, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            widths = torch.repeat_interleave(torch.tensor(list(channels)), torch.tensor(list(channels.values())))
-            logger.experiment.add_histogram(tag, widths, step, bins=[bits - 0.5 for bits in range(1, 10)])
+def _protocol_line(name: str, protocol: Mapping[str, Any]) -> str:
+    return f"protocol of {name}: " + ", ".join(f"{key}={value!r}" for key, value in protocol.items())
 
 
 def _figure(value: float | None) -> str:

@@ -1,11 +1,14 @@
 """Fixtures that more than one test file needs. References that share no code with the package are in `oracles.py`."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from readme_runs import Run, cut_down, run_readme
 from torch import Tensor
 
+from sgpt_lightning.models import load_dense, load_tokenizer
 from sgpt_lightning.recipe import PRESETS, Recipe
 from sgpt_lightning.solver import CompressedLinear, compress_linear
 from sgpt_lightning.statistics import InputStatistics
@@ -52,6 +55,26 @@ def plain_recipe() -> Callable[..., Recipe]:
 def solve() -> Callable[..., CompressedLinear]:
     """Solve a weight against inputs, survivors stored as float32; keywords are those of the recipe."""
     return _solve
+
+
+@pytest.fixture(scope="session")
+def two_blocks(tmp_path_factory) -> Path:
+    """A model directory: the first two blocks of opt-mini, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("package") / "opt-mini"
+    model = load_dense("opt-mini", dtype=torch.float16)
+    model.model.decoder.layers = model.model.decoder.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(directory)
+    load_tokenizer("opt-mini").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def readme_runs(two_blocks, tmp_path_factory) -> tuple[Path, list[Run]]:
+    """The directory in which the README's commands were run, cut down, and what they printed."""
+    directory = tmp_path_factory.mktemp("readme")
+    with cut_down(two_blocks):
+        return directory, run_readme(directory)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,23 +9,25 @@ import pytest
 import sgpt_lightning
 
 PACKAGE = Path(sgpt_lightning.__file__).parent
-RANKS = {
-    0: ("recipe", "guards", "hessian", "bitpack", "metrics", "models", "grids", "least_squares"),
-    1: ("statistics", "masks", "allocation", "blocks", "text", "layout", "ranges"),
-    2: ("sweep", "importance", "objective", "collector", "data", "budget"),
-    3: ("solver", "gradients"),
-    4: ("packed", "plan", "checks"),
-    5: ("report",),
-    6: ("calibration", "sparsegpt"),
-    7: ("checkpoint",),
-    8: ("module", "run_report"),
-    9: ("trainer_setup", "progress"),
-    10: ("callback",),
-    11: ("cli",),
-    12: ("__main__",),
-}
-RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
-CORE = [module for module, rank in RANK.items() if rank <= 4 and module not in ("metrics", "models", "text", "data")]
+MODULES = sorted({path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"models"})
+SHELL = (
+    "callback",
+    "cli",
+    "data",
+    "models",
+    "module",
+    "progress",
+    "run_logs",
+    "sources",
+    "text",
+    "trainer_cli",
+    "trainer_setup",
+)
+STORES = ("calibration", "checkpoint", "checks", "metrics", "report", "run_report", "sparsegpt", "suggest", "__main__")
+"""Modules that are neither the shell nor the core; every other one is core, a new one too."""
+CORE = [module for module in MODULES if module not in SHELL + STORES]
+LIGHT = ("sgpt_lightning.suggest",)
+"""All that the command line may import before it knows what is asked for."""
 
 
 def imported(module: str) -> set[str]:
@@ -34,16 +37,30 @@ def imported(module: str) -> set[str]:
     return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
 
-def test_every_module_has_a_rank():
-    found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"models"}
-    assert found == set(RANK)
+def own_imports(module: str) -> set[str]:
+    return {name.split(".")[1] for name in imported(module) if name.startswith("sgpt_lightning.")}
 
 
-@pytest.mark.parametrize("module", RANK)
-def test_a_module_imports_lower_ranks_only(module):
-    own = {name.split(".")[1] for name in imported(module) if name.startswith("sgpt_lightning.")}
-    assert "sgpt_lightning" not in imported(module), "nothing imports the package root from inside"
-    assert [name for name in own if RANK[name] >= RANK[module]] == []
+def test_no_module_imports_itself_round_a_circle():
+    graphlib.TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()  # raises CycleError
+
+
+def test_nothing_imports_the_package_root_from_inside():
+    assert [module for module in MODULES if "sgpt_lightning" in imported(module)] == []
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_no_shell(module):
+    assert own_imports(module).isdisjoint(SHELL)
+
+
+def test_the_command_line_starts_without_torch():
+    tree = ast.parse((PACKAGE / "cli.py").read_text())
+    at_start = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {name for name in at_start if name.startswith("sgpt_lightning")} <= set(LIGHT)
+    script = "import sgpt_lightning.cli, sys; print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("module", CORE)
@@ -52,9 +69,9 @@ def test_the_core_knows_tensors_only(module):
     assert roots.isdisjoint({"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"})
 
 
-def test_only_the_cli_imports_jsonargparse():
-    importers = [module for module in RANK if imported(module) & {"jsonargparse", "lightning.pytorch.cli"}]
-    assert importers == ["cli"]
+def test_only_the_trainers_command_line_imports_jsonargparse():
+    importers = [module for module in MODULES if imported(module) & {"jsonargparse", "lightning.pytorch.cli"}]
+    assert importers == ["trainer_cli"]
 
 
 def test_the_package_and_its_core_import_without_the_shells_packages():
@@ -74,3 +91,37 @@ def test_every_public_name_resolves():
         assert getattr(sgpt_lightning, name).__module__.startswith("sgpt_lightning.")
     with pytest.raises(AttributeError, match="no_such_name"):
         sgpt_lightning.no_such_name  # noqa: B018
+
+
+SNIPPET = """
+import sgpt_lightning
+from sgpt_lightning import Recipe, SparseGPT, compress
+
+recipe: Recipe = Recipe(sparsity=0.5)
+Recipe(sparsty=1)
+sgpt_lightning.Recipy
+compress(1, [], recipe)
+SparseGPT()
+"""
+
+
+def test_a_type_checker_sees_the_public_names_and_their_arguments(tmp_path):
+    names = [f"reveal_type(sgpt_lightning.{name})" for name in sgpt_lightning.__all__]
+    (tmp_path / "snippet.py").write_text("\n".join([SNIPPET.strip(), *names]) + "\n")
+    cache = ["--cache-dir", PACKAGE.parent / ".mypy_cache", "--config-file", PACKAGE.parent / "pyproject.toml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *cache, tmp_path / "snippet.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=PACKAGE.parent,
+        check=False,
+    )
+    lines = [line.partition("snippet.py:")[2] for line in done.stdout.splitlines() if "snippet.py:" in line]
+    wrong = {int(line.split(":")[0]): line for line in lines if ": error:" in line}
+    assert sorted(wrong) == [5, 6, 7, 8], done.stdout
+    assert "sparsty" in wrong[5]
+    assert "Recipy" in wrong[6]
+    revealed = [line for line in lines if "Revealed type" in line]
+    assert len(revealed) == len(sgpt_lightning.__all__)
+    assert [line for line in revealed if '"Any"' in line] == []

@@ -104,7 +104,7 @@ def test_every_config_parses_and_its_first_line_is_its_command(config, monkeypat
         (["--sgpt.recipe.importance.weight", "0.5"], "sum to 1"),
         (["--model.seq_len", "1024"], "at most the 512 positions"),
         (["--sgpt.recipe.ignore", "[nothing_is_called_this]"], "nothing_is_called_this"),
-        (["--sgpt.recipe.pattern", "1:7"], "divisible by 7"),
+        (["--sgpt.recipe.pattern", "1:7", "--sgpt.recipe.sparsity", "null"], "divisible by 7"),
         (["--trainer.precision", "16-mixed"], "precision"),
         (["--data.calibration", "/no/such/text.txt"], "/no/such/text.txt"),
         (["--sgpt.save_dir", str(ROOT / "configs")], "exists and is not a compressed model"),

@@ -139,10 +139,23 @@ def test_every_bad_argument_is_listed_before_anything_is_read(monkeypatch):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("evaluation", [[], "python-docs"])
-def test_evaluation_must_be_a_list_with_something_in_it(evaluation):
-    with pytest.raises(ValueError, match="evaluation must be a list of at least one"):
-        TextDataModule(evaluation=evaluation)
+def test_evaluation_must_name_something():
+    with pytest.raises(ValueError, match="evaluation must name at least one text source"):
+        TextDataModule(evaluation=[])
+
+
+def test_a_single_evaluation_text_may_stand_alone(texts):
+    assert TextDataModule(evaluation=texts[1]).evaluation_names == ["test"]
+
+
+def test_a_misspelt_text_names_its_argument_and_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean") as caught:
+        TextDataModule(calibration="wikitext", evaluation=["python-doc"])
+    message = str(caught.value)
+    assert "calibration text source 'wikitext' is neither" in message
+    assert "did you mean wikitext2?" in message
+    assert "evaluation text source 'python-doc' is neither" in message
+    assert "did you mean python-docs?" in message
 
 
 def test_calibrating_on_the_evaluation_text_warns(texts):

@@ -15,9 +15,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from sgpt_lightning import models, text
+from sgpt_lightning import models, sources, text
 from sgpt_lightning.models import load_tokenizer, require_hub, resolve_model
-from sgpt_lightning.text import calibration_windows, evaluation_windows, find_source
+from sgpt_lightning.sources import find_source
+from sgpt_lightning.text import calibration_windows, evaluation_windows
 
 SENTENCES = [f"Topic {n}: the {n * n}th word follows the {n}th, and nothing else does." for n in range(60)]
 
@@ -48,7 +49,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(Hub, "calls", [])
     stand_in = Hub()
-    monkeypatch.setattr(text, "require_hub", lambda wanted: None)
+    monkeypatch.setattr(sources, "require_hub", lambda *_: None)
     monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
     return stand_in
 
@@ -249,6 +250,8 @@ def test_local_files_and_folders_give_their_documents_in_order_of_path(tokenizer
         ("a.jsonl", b'{"txt": "one"}\n', "line 1 has no field `text`"),
         ("a.jsonl", b'{"text": 1}\n', "line 1 has no field `text`"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.jsonl", b"\x89PNG\r\n\x1a\n\x00", "not UTF-8"),
+        ("a.jsonl", '{"text": "one"}\n'.encode("utf-16"), "not UTF-8"),
         ("a.parquet", b"nothing like it", "not a parquet file"),
     ],
 )
@@ -256,6 +259,17 @@ def test_a_bad_local_file_is_named_with_what_is_wrong(tmp_path, file, content, m
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{file}.*{message}"):
         find_source(str(tmp_path / file), "evaluation").load()
+
+
+def test_a_parquet_file_damaged_past_its_schema_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"text": ["one word after another " * 50] * 100}).to_parquet(path)
+    content = path.read_bytes()
+    for damaged in (b"PAR1" + b"\xff" * 60 + content[64:], content.replace(b"word after", b"w\xff\xfed \xffter")):
+        assert damaged != content
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.parquet"):
+            find_source(str(path), "evaluation").load()
 
 
 def test_a_parquet_file_without_text_lists_its_columns(tmp_path):
@@ -322,13 +336,13 @@ def test_a_refusal_or_a_private_certificate_is_an_answer(monkeypatch):
         urllib.error.URLError(ssl.SSLCertVerificationError("self-signed")),
     ):
         monkeypatch.setattr(urllib.request, "urlopen", refuse(error))
-        require_hub("anything")
+        require_hub("anything", "nothing")
 
 
 def test_offline_mode_asks_nothing_and_leaves_the_cache_to_the_client(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(models.urllib.request, "urlopen", lambda *args, **options: pytest.fail("the hub was asked"))
-    require_hub("anything")
+    require_hub("anything", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -353,18 +367,49 @@ def test_what_the_client_raises_becomes_one_error_that_keeps_the_cause(hub, monk
 def test_a_tokenizer_that_the_hub_does_not_give_says_what_to_do(monkeypatch):
     import transformers
 
-    def from_pretrained(name):
+    def from_pretrained(name, **options):
         raise OSError("not in the cache")
 
-    monkeypatch.setattr(models, "require_hub", lambda wanted: None)
+    monkeypatch.setattr(models, "require_hub", lambda *_: None)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
-    with pytest.raises(ConnectionError, match="tokenizer 'facebook/opt-125m': not in the cache"):
+    with pytest.raises(ConnectionError, match=r"tokenizer 'facebook/opt-125m' \(no directory here\): not in the cache"):
         load_tokenizer("facebook/opt-125m")
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama", "gemma2"])
+def test_a_model_directory_without_a_tokenizer_says_so_and_what_is_missing(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"tokenizer '{tmp_path}'") as caught:
+        load_tokenizer(str(tmp_path))
+    for part in ("tokenizer.json", "vocab.json", "save_pretrained"):
+        assert part in str(caught.value)
+
+
+def test_advice_without_a_network_fits_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse(urllib.error.URLError("Name or service not known")))
+    with pytest.raises(ConnectionError) as model:
+        models.find_model("opt-min")
+    with pytest.raises(ConnectionError) as text_source:
+        find_source("c4", "evaluation").load()
+    assert "model path 'opt-min' (no directory here: did you mean opt-mini)" in str(model.value)
+    assert "local model directory" in str(model.value)
+    assert ".parquet" not in str(model.value)
+    assert ".parquet" in str(text_source.value)
+    assert "model directory" not in str(text_source.value)
+
+
+def test_damaged_weights_name_the_model(tmp_path):
+    embedded = Path(resolve_model("opt-mini"))
+    (tmp_path / "config.json").write_bytes((embedded / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((embedded / "model.safetensors").read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match=f"model path '{tmp_path}' cannot be read, a file is truncated"):
+        models.load_dense(str(tmp_path), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "~/no-such-model", "a/b/c"])
 def test_a_tokenizer_path_that_is_missing_is_not_looked_up_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(models, "require_hub", lambda wanted: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(models, "require_hub", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(ValueError, match="is not an existing directory"):
         load_tokenizer(name)
 
