@@ -36,3 +36,9 @@ def make_dense_directory(directory: Path, **settings: Any) -> Path:
     del config["dtype"]
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def weight_file(directory: Path) -> Path:
+    """Return the one weight file of a model's directory, whatever it is called."""
+    (found,) = directory.glob("*.safetensors")
+    return found
