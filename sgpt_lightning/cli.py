@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sgpt_lightning.callback import SparseGPTCallback
-from sgpt_lightning.checkpoint import Manifest
+from sgpt_lightning.checkpoint import check_compressed
 from sgpt_lightning.data import TextDataModule
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.progress import CompressionProgressBar
@@ -84,7 +84,7 @@ def inspect(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("sgpt inspect", description="Show what a compressed model holds.")
     parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
     directory = parser.parse_args(list(arguments)).directory
-    manifest = Manifest.read(directory)
+    manifest = check_compressed(directory)
     run = manifest.run
     settings = ", ".join(f"{key}={value}" for key, value in run.get("recipe", {}).items())
     print(f"{directory}: {run.get('model', 'model')} compressed by sgpt_lightning\nrecipe: {settings}\n")

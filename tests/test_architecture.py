@@ -9,18 +9,19 @@ import sgpt_lightning
 
 PACKAGE = Path(sgpt_lightning.__file__).parent
 RANKS = {
-    0: ("recipe", "statistics", "hessian", "bitpack", "metrics", "models", "grids", "least_squares"),
-    1: ("masks", "importance", "allocation", "blocks", "text", "layout", "ranges", "objective", "collector"),
-    2: ("sweep", "data", "gradients", "budget"),
-    3: ("solver",),
+    0: ("recipe", "statistics", "hessian", "bitpack", "metrics", "grids", "least_squares", "directory"),
+    1: ("masks", "importance", "allocation", "blocks", "models", "layout", "ranges", "objective", "collector"),
+    2: ("sweep", "text", "gradients", "budget"),
+    3: ("solver", "data"),
     4: ("packed", "plan"),
     5: ("report",),
-    6: ("calibration", "sparsegpt"),
-    7: ("checkpoint",),
-    8: ("module", "run_report"),
-    9: ("callback", "progress"),
-    10: ("cli",),
-    11: ("__main__",),
+    6: ("calibration", "sparsegpt", "manifest"),
+    7: ("loading",),
+    8: ("checkpoint",),
+    9: ("module", "run_report"),
+    10: ("callback", "progress"),
+    11: ("cli",),
+    12: ("__main__",),
 }
 RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
 CORE = [module for module, rank in RANK.items() if rank <= 4 and module not in ("metrics", "models", "text", "data")]

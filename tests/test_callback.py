@@ -94,7 +94,7 @@ def test_compressing_a_compressed_model_again_is_refused(run, tmp_path):
 
 def test_report_json_adds_up(run):
     report = json.loads((run["directory"].parent / "report.json").read_text())
-    size = (run["directory"] / "model.safetensors").stat().st_size
+    size = (run["directory"] / "sgpt.safetensors").stat().st_size
     assert report["bytes"]["file"] == size
     assert sum(report["bytes"][part] for part in ("linears", "embeddings", "other")) == size
     assert report["bytes"]["linears"] == sum(linear["bytes"] for linear in report["linears"])

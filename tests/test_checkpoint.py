@@ -136,7 +136,7 @@ def test_the_ledger_adds_up_to_the_file_on_disk(family, recipe, tmp_path):
     model, manifest = save(tmp_path / "out", family, recipe)
     ledger = manifest.ledger
     assert ledger.linears + ledger.embeddings + ledger.other + ledger.headers == ledger.file
-    assert ledger.file == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert ledger.file == (tmp_path / "out" / "sgpt.safetensors").stat().st_size
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
     embeddings = ("embed_tokens.weight", "embed_positions.weight", "wte.weight", "wpe.weight", "lm_head.weight")
     for name, tensor in stored_tensors(tmp_path / "out").items():
@@ -188,7 +188,7 @@ def test_what_is_not_compressed_is_stored_in_16_bits_only_where_that_loses_nothi
 def test_a_large_model_is_sharded_with_a_correct_index(tmp_path, monkeypatch):
     monkeypatch.setattr(sgpt_lightning.checkpoint, "MAX_SHARD_SIZE", "20KB")
     model, manifest = save(tmp_path / "out", "llama")
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "sgpt.safetensors.index.json").read_text())
     held = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -202,4 +202,4 @@ def test_a_large_model_is_sharded_with_a_correct_index(tmp_path, monkeypatch):
     assert_independent_reader_agrees(tmp_path / "out", model)
     monkeypatch.undo()
     save(tmp_path / "out", "llama")
-    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "out").glob("sgpt*.safetensors*")] == ["sgpt.safetensors"]

@@ -51,7 +51,7 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size]) and None
 
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "sgpt_manifest.json"
+WEIGHTS, CONFIG, MANIFEST = "sgpt.safetensors", "config.json", "sgpt_manifest.json"
 DAMAGES = {
     "weights missing": (WEIGHTS, lambda directory: (directory / WEIGHTS).unlink()),
     "weights empty": (WEIGHTS, truncate(WEIGHTS, 0)),

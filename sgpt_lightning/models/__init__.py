@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 
+from sgpt_lightning.directory import find_directory
+
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -21,8 +23,8 @@ HUB_TIMEOUT = 5.0
 
 
 def resolve_model(path: str) -> str:
-    """Return the directory of an embedded model's name; any other path or hub id as it is."""
-    return str(Path(__file__).parent / path) if path in EMBEDDED else path
+    """Return the directory of an embedded model's name; else the path to read, see `find_directory`, or the hub id."""
+    return str(Path(__file__).parent / path if path in EMBEDDED else find_directory(path))
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
