@@ -34,9 +34,9 @@ from sgpt_lightning.recipe import Recipe
 
 SCENES = ["overwriting", "creating"]
 STEPS = [(checkpoint, "save_file"), (os, "fsync")]
-STEPS += [(Path, name) for name in ("mkdir", "write_text", "chmod", "touch", "rename", "unlink", "rmdir")]
+STEPS += [(Path, name) for name in ("mkdir", "write_text", "touch", "rename", "unlink", "rmdir")]
 MOST_STEPS = 60
-SECONDS = 3.0
+SECONDS = 2.5
 
 
 @cache
@@ -85,7 +85,7 @@ def kill_at_every_step(root: Path) -> None:
     """For both scenes and n = 0, 1, ...: fork, save the new model to `root/scene/n/out`, die at step n."""
     torch.set_num_threads(1)
     save(root / "old", seed=1)
-    compressed_model(seed=2)
+    compressed_model(2)  # by position, as save does: a cache takes a keyword for another call
     for scene in SCENES:
         for step in range(MOST_STEPS):
             target = root / scene / str(step) / "out"
@@ -145,7 +145,6 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_model_and_the_next_save_cl
     found = []
     steps = sorted((crashes / scene).iterdir(), key=lambda path: int(path.name))
     for step in steps:
-        shutil.copytree(step, tmp_path / step.name)  # saved to again without being loaded in between
         before = files_of(step)
         if scene == "creating" and not (step / "out").exists():
             for read in (load_compressed, check_compressed):
@@ -160,10 +159,9 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_model_and_the_next_save_cl
             assert check_compressed(step / "out").linears
             assert AutoConfig.from_pretrained(resolve_model(str(step / "out"))).model_type == "opt"
         assert files_of(step) == before  # readers write nothing
-        for root in (step, tmp_path / step.name):
-            save(root / "out", seed=2)
-            assert torch.equal(loaded_logits(root / "out"), new), step
-            assert [path.name for path in root.iterdir()] == ["out"]
+        save(step / "out", seed=2)
+        assert torch.equal(loaded_logits(step / "out"), new), step
+        assert [path.name for path in step.iterdir()] == ["out"]
     first = "old" if scene == "overwriting" else "none"
     switch = found.index("new")
     assert found == [first] * switch + ["new"] * (len(found) - switch)
