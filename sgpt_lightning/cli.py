@@ -39,10 +39,10 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
     parser.add_argument("--json", action="store_true", help="print the content of report.json instead of tables")
     options = parser.parse_args(list(arguments))
-    from sgpt_lightning.checkpoint import Manifest
+    from sgpt_lightning.checkpoint import check_compressed
     from sgpt_lightning.run_report import inspection, report_dict
 
-    manifest = Manifest.read(options.directory.expanduser())
+    manifest = check_compressed(options.directory)
     print(json.dumps(report_dict(manifest), indent=1) if options.json else inspection(options.directory, manifest))
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from sgpt_lightning.bitpack import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.grids import Grid, GridKind, WidthAxis, count_segments, dequantize_matrix
-from sgpt_lightning.layout import MAX_GROUP, Layout, code_bits, index_bits, smallest_layout
+from sgpt_lightning.layout import MAX_GROUP, Layout, code_bits, index_bits, mask_bits, smallest_layout
 from sgpt_lightning.solver import CompressedLinear
 
 
@@ -68,7 +68,7 @@ class WeightSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "WeightSpec":
+    def from_dict(cls, values: Any) -> "WeightSpec":
         """Read what `to_dict` wrote; raises ValueError on anything else."""
         if not _is_spec(values):
             raise ValueError(f"not a weight specification: {values}")
@@ -76,8 +76,16 @@ class WeightSpec:
         return cls(**(values | lists))
 
 
-def _is_spec(values: dict[str, Any]) -> bool:
-    if set(values) != {"shape", "layout", "widths", "n_m", "grid", "group_size", "width_axis"}:
+def _is_spec(values: Any) -> bool:
+    if not isinstance(values, dict) or set(values) != {
+        "shape",
+        "layout",
+        "widths",
+        "n_m",
+        "grid",
+        "group_size",
+        "width_axis",
+    }:
         return False
     shape, widths, n_m = (values[key] for key in ("shape", "widths", "n_m"))
     for numbers in (shape, widths, n_m):
@@ -87,7 +95,9 @@ def _is_spec(values: dict[str, Any]) -> bool:
         return False
     if values["layout"] != "pattern":
         return n_m is None and values["layout"] in get_args(Layout)
-    return n_m is not None and len(n_m) == 2 and 0 < n_m[0] < n_m[1] <= MAX_GROUP and shape[1] % n_m[1] == 0
+    if n_m is None or len(n_m) != 2 or not 0 < n_m[0] < n_m[1] <= MAX_GROUP or shape[1] % n_m[1]:
+        return False
+    return "pattern" in mask_bits(tuple(shape), tuple(n_m))
 
 
 def _is_grid(values: dict[str, Any]) -> bool:
@@ -158,34 +168,75 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     Raises:
         ValueError: a tensor is missing or its size does not fit the specification.
     """
+    check_sizes(packed)
     spec, tensors = packed
-    expected = {"weight_values"} if spec.widths is None else {"weight_codes", "weight_range", _origin_name(spec)}
-    expected |= {"weight_mask"} if spec.layout != "dense" else set()
-    expected |= {"weight_widths"} if spec.widths is not None and len(spec.widths) > 1 else set()
-    if expected != set(tensors):
-        raise ValueError(f"a {spec.layout} weight needs the tensors {sorted(expected)}, got {sorted(tensors)}")
     keep = None if spec.layout == "dense" else _unpack_mask(tensors["weight_mask"], spec)
     if spec.widths is None:
         values = tensors["weight_values"]
-        if values.numel() != (math.prod(spec.shape) if keep is None else int(keep.sum())):
-            raise ValueError(f"the mask and the number of survivors ({values.numel()}) disagree")
         if keep is None:
             return values.view(spec.shape).float()
+        if values.numel() != int(keep.sum()):
+            raise ValueError(f"the mask and the number of survivors ({values.numel()}) disagree")
         return torch.zeros(spec.shape, dtype=torch.float32, device=values.device).masked_scatter_(keep, values.float())
     widths = _unpack_widths(tensors, spec)
     assert spec.grid is not None
-    span, origin = tensors["weight_range"], tensors[_origin_name(spec)]
-    expected_shape = (
-        spec.shape[0],
-        count_segments(spec.grid, spec.width_axis, spec.widths, spec.shape[1], spec.group_size),
-    )
-    if span.shape != expected_shape or origin.shape != expected_shape:
-        raise ValueError(f"ranges and origins must be {expected_shape} (per row), got {span.shape}, {origin.shape}")
     codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
+    span, origin = tensors["weight_range"], tensors[_origin_name(spec)]
     weight = dequantize_matrix(
         codes, widths, Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
     )
     return weight if keep is None else weight.masked_fill_(~keep, 0)
+
+
+def check_sizes(packed: PackedWeight) -> None:
+    """Compare the stored tensors with the specification, before anything of the matrix's size is allocated.
+
+    A matrix that passes has at most 26 weights per byte stored: the leanest form is 15 zeros in 16 and 1-bit codes.
+
+    Raises:
+        ValueError: a tensor is missing or one too many, or its dtype or size cannot be right.
+    """
+    spec, tensors = packed
+    expected = _expected_tensors(spec)
+    if set(expected) != set(tensors):
+        raise ValueError(f"a {spec.layout} weight needs the tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, (is_float, shape) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype not in (_FLOATS if is_float else (torch.uint8,)):
+            raise ValueError(f"{name} must be {'a float' if is_float else 'uint8'}, got {tensor.dtype}")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for a weight of {spec.shape}, got {tuple(tensor.shape)}")
+    codes = tensors["weight_values" if spec.widths is None else "weight_codes"]
+    survivors = math.prod(spec.shape)
+    if spec.n_m is not None:
+        survivors = survivors // spec.n_m[1] * (spec.n_m[1] - spec.n_m[0])
+    least, most = (0 if spec.layout == "bitmap" else survivors), survivors
+    if spec.widths is not None:
+        least, most = packed_bytes(least, spec.widths[0]), packed_bytes(most, spec.widths[-1]) + len(spec.widths)
+    if not least <= codes.numel() <= most or (spec.widths is not None and codes.dim() != 1):
+        what = "values" if spec.widths is None else "bytes of codes"
+        raise ValueError(f"a weight of {spec.shape} takes from {least} to {most} {what}, got {tuple(codes.shape)}")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _expected_tensors(spec: WeightSpec) -> dict[str, tuple[bool, tuple[int, ...] | None]]:
+    """Return, by name, whether a tensor is of floats and its shape; None where the shape depends on others."""
+    expected: dict[str, tuple[bool, tuple[int, ...] | None]] = {}
+    if spec.layout != "dense":
+        expected["weight_mask"] = False, (mask_bits(spec.shape, spec.n_m)[spec.layout] // 8,)
+    if spec.widths is None:
+        return expected | {"weight_values": (True, None)}
+    assert spec.grid is not None
+    segments = count_segments(spec.grid, spec.width_axis, spec.widths, spec.shape[1], spec.group_size)
+    expected["weight_codes"] = False, None
+    expected["weight_range"] = True, (spec.shape[0], segments)
+    expected[_origin_name(spec)] = spec.grid != "zero-point", (spec.shape[0], segments)
+    if len(spec.widths) > 1:
+        channels = spec.shape[spec.width_axis == "input"]
+        expected["weight_widths"] = False, (packed_bytes(channels, index_bits(len(spec.widths))),)
+    return expected
 
 
 def cheapest_layout(compressed: CompressedLinear) -> Layout:

@@ -1,9 +1,11 @@
-"""A second reader of the file format, version 2: numpy and safetensors, written from the description in `packed.py`.
+"""A second reader of the file format, version 3: numpy and safetensors, written from the description in `packed.py`.
 
-Bits within bytes are those of `bitpack.py`'s drawing.
+Files and checksums are those of the descriptions in `checkpoint.py` and `manifest.py`, bits within bytes those of
+`bitpack.py`'s drawing.
 Nothing of the package is imported, so that a reader and a writer who are wrong in the same way are found out.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -20,10 +22,14 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 2)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 3)
+    assert manifest.pop("sha256") == _checksum(manifest)
     tensors: dict[str, Array] = {}
-    for file in manifest["files"]:
-        tensors |= load_file(directory / file)
+    for file, entry in manifest["files"].items():
+        content = (directory / file).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+        if file.startswith("sgpt") and file.endswith(".safetensors"):
+            tensors |= load_file(directory / file)
     for name, entry in manifest["linears"].items():
         parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.weight_")}
         tensors[f"{name}.weight"] = _weight(
@@ -31,6 +37,11 @@ def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
         )
     tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
     return tensors, set(manifest["linears"])
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key not in ("format", "format_version")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def _weight(spec: dict[str, Any], parts: dict[str, Array]) -> Array:

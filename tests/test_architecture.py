@@ -23,7 +23,10 @@ SHELL = (
     "trainer_cli",
     "trainer_setup",
 )
-STORES = ("calibration", "checkpoint", "checks", "metrics", "report", "run_report", "sparsegpt", "suggest", "__main__")
+STORES = (
+    "calibration", "checkpoint", "checks", "directory", "loading", "manifest", "metrics", "report", "run_report",
+    "sparsegpt", "suggest", "__main__",
+)  # fmt: skip
 """Modules that are neither the shell nor the core; every other one is core, a new one too."""
 CORE = [module for module in MODULES if module not in SHELL + STORES]
 LIGHT = ("sgpt_lightning.suggest",)

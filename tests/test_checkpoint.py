@@ -1,6 +1,7 @@
 """A saved model against the model in memory, read by the package in a fresh process and by an independent reader."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,53 @@ def test_a_model_in_16_bits_comes_back_in_its_own_dtype(dtype, tmp_path):
     assert load_compressed(tmp_path / "out", dtype="float32").dtype == torch.float32
 
 
+def test_dtype_and_attention_are_those_of_the_evaluation_unless_told_otherwise(tmp_path):
+    model = make_model("opt", attn_implementation="eager").to(torch.bfloat16)
+    solved = compress(model, make_batches(1), RECIPES["pruned"])
+    save_compressed(tmp_path / "out", model, solved, storage_dtype=torch.bfloat16)
+    loaded = load_compressed(tmp_path / "out")
+    assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+    told = load_compressed(tmp_path / "out", dtype=torch.float32, attn_implementation="sdpa")
+    assert (told.dtype, told.config._attn_implementation) == (torch.float32, "sdpa")
+
+
+def test_generation_settings_come_back(tmp_path):
+    model = make_model("opt")
+    settings = {"max_new_tokens": 7, "do_sample": True, "top_k": 3, "temperature": 0.5, "eos_token_id": [2, 5]}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    solved = compress(model, make_batches(1), RECIPES["pruned"])
+    save_compressed(tmp_path / "out", model, solved, storage_dtype=HALF)
+    loaded = load_compressed(tmp_path / "out").generation_config
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    assert loaded.to_dict() == model.generation_config.to_dict()
+    model.generation_config.do_sample = False  # a temperature without sampling: published models have it
+    save_compressed(tmp_path / "out", model, solved, storage_dtype=HALF)
+    assert load_compressed(tmp_path / "out").generation_config.temperature == 0.5
+
+
+def test_a_loaded_model_is_a_plain_one_that_transformers_saves_and_loads(tmp_path):
+    model, _ = save(tmp_path / "out", "llama")
+    loaded = load_compressed(tmp_path / "out")
+    assert not hasattr(loaded.config, "quantization_config")
+    loaded.save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", local_files_only=True)
+    assert torch.equal(logits(dense), logits(model))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_with_nan_or_infinite_values_is_refused_and_all_of_them_are_named(value, tmp_path):
+    model = make_model("opt")
+    solved = compress(model, make_batches(1), RECIPES["mixed-widths"], storage_dtype=HALF)
+    fc1 = "model.decoder.layers.0.fc1"
+    solved[fc1].packed.tensors["weight_range"][3] = value
+    model.model.decoder.final_layer_norm.weight[0] = value
+    named = rf"NaN or infinite.*{fc1}\.weight_range.*final_layer_norm\.weight|final_layer_norm\.weight.*weight_range"
+    with pytest.raises(ValueError, match=named):
+        save_compressed(tmp_path / "out", model, solved, storage_dtype=HALF)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
 def test_a_reader_written_from_the_description_finds_the_same_weights(family, recipe, tmp_path):
@@ -136,7 +184,7 @@ def test_the_ledger_adds_up_to_the_file_on_disk(family, recipe, tmp_path):
     model, manifest = save(tmp_path / "out", family, recipe)
     ledger = manifest.ledger
     assert ledger.linears + ledger.embeddings + ledger.other + ledger.headers == ledger.file
-    assert ledger.file == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert ledger.file == (tmp_path / "out" / "sgpt.safetensors").stat().st_size
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
     embeddings = ("embed_tokens.weight", "embed_positions.weight", "wte.weight", "wpe.weight", "lm_head.weight")
     for name, tensor in stored_tensors(tmp_path / "out").items():
@@ -188,7 +236,7 @@ def test_what_is_not_compressed_is_stored_in_16_bits_only_where_that_loses_nothi
 def test_a_large_model_is_sharded_with_a_correct_index(tmp_path, monkeypatch):
     monkeypatch.setattr(sgpt_lightning.checkpoint, "MAX_SHARD_SIZE", "20KB")
     model, manifest = save(tmp_path / "out", "llama")
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "sgpt.safetensors.index.json").read_text())
     held = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -202,4 +250,4 @@ def test_a_large_model_is_sharded_with_a_correct_index(tmp_path, monkeypatch):
     assert_independent_reader_agrees(tmp_path / "out", model)
     monkeypatch.undo()
     save(tmp_path / "out", "llama")
-    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "out").glob("sgpt*.safetensors*")] == ["sgpt.safetensors"]

@@ -1,10 +1,13 @@
 """What a crash or a foreign directory does to a compressed model. Run as a script, this file is the crash."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,16 +16,27 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_batches, make_model, make_tokens
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
 
 import sgpt_lightning.checkpoint as checkpoint
+import sgpt_lightning.directory as directory
 from sgpt_lightning.calibration import SolvedLinear, compress
-from sgpt_lightning.checkpoint import CheckpointError, load_compressed, save_compressed
+from sgpt_lightning.checkpoint import (
+    CheckpointError,
+    check_compressed,
+    is_compressed_dir,
+    load_compressed,
+    save_compressed,
+)
+from sgpt_lightning.models import resolve_model
 from sgpt_lightning.recipe import Recipe
 
 SCENES = ["overwriting", "creating"]
-STEPS = [(checkpoint, "save_file"), (Path, "write_text"), (os, "fsync"), (Path, "rename"), (shutil, "rmtree")]
-MOST_STEPS = 30
+STEPS = [(checkpoint, "save_file"), (os, "fsync")]
+STEPS += [(Path, name) for name in ("mkdir", "write_text", "touch", "rename", "unlink", "rmdir")]
+MOST_STEPS = 60
+SECONDS = 2.5
 
 
 @cache
@@ -45,7 +59,7 @@ def loaded_logits(directory: Path) -> torch.Tensor:
 def die_at(step: int) -> list[str]:
     """Let this process be killed before the call number `step` of those that change the disk; return the calls so far.
 
-    A `save_file` or an `rmtree` is killed halfway as well: with a part written, or with the manifest removed first.
+    A `save_file` is killed halfway as well, with a part written.
     """
     calls: list[str] = []
 
@@ -56,8 +70,6 @@ def die_at(step: int) -> list[str]:
             calls.append(name)
             if len(calls) == step and name == "save_file":
                 Path(args[1]).write_bytes(b"half a header")
-            elif len(calls) == step and name == "rmtree":
-                Path(args[0], checkpoint.MANIFEST).unlink(missing_ok=True)
             else:
                 return original(*args, **kwargs)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,7 +85,7 @@ def kill_at_every_step(root: Path) -> None:
     """For both scenes and n = 0, 1, ...: fork, save the new model to `root/scene/n/out`, die at step n."""
     torch.set_num_threads(1)
     save(root / "old", seed=1)
-    compressed_model(seed=2)
+    compressed_model(2)  # by position, as save does: a cache takes a keyword for another call
     for scene in SCENES:
         for step in range(MOST_STEPS):
             target = root / scene / str(step) / "out"
@@ -91,12 +103,38 @@ def kill_at_every_step(root: Path) -> None:
             assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
+def read_beside_a_saver(target: Path) -> None:
+    """Load again and again while another process saves two models in turn, and print how often which was found."""
+    expected = [save(target, seed) for seed in (1, 2)]
+    stop = time.monotonic() + SECONDS
+    child = os.fork()
+    if child == 0:
+        saves = 0
+        while time.monotonic() < stop:
+            save(target, seed=1 + saves % 2)
+            saves += 1
+        os._exit(0 if saves > 2 else 1)
+    found = Counter()
+    while time.monotonic() < stop:
+        logits = loaded_logits(target)
+        found[next((n for n, known in enumerate(expected) if torch.equal(logits, known)), "neither")] += 1
+        assert check_compressed(target).files
+    _, status = os.waitpid(child, 0)
+    print(json.dumps({"saver": os.waitstatus_to_exitcode(status), "found": found}))
+
+
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("crashes")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-W", "error", __file__, root], check=True, timeout=120, env=environment)
+    command = [sys.executable, "-W", "error", __file__, root]
+    done = subprocess.run(command, check=True, timeout=120, env=environment, stdout=subprocess.PIPE, text=True)
+    (root / "beside.json").write_text(done.stdout)
     return root
+
+
+def files_of(root: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -107,33 +145,55 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_model_and_the_next_save_cl
     found = []
     steps = sorted((crashes / scene).iterdir(), key=lambda path: int(path.name))
     for step in steps:
-        shutil.copytree(step, tmp_path / step.name)  # saved to again without being loaded in between
+        before = files_of(step)
         if scene == "creating" and not (step / "out").exists():
-            with pytest.raises(CheckpointError, match=r"out is not a compressed model"):
-                load_compressed(step / "out")
+            for read in (load_compressed, check_compressed):
+                with pytest.raises(CheckpointError, match=r"out is not a compressed model"):
+                    read(step / "out")
+            assert not is_compressed_dir(step / "out")
             found.append("none")
         else:
             logits = loaded_logits(step / "out")
             found.append("old" if torch.equal(logits, old) else "new" if torch.equal(logits, new) else "neither")
-        for root in (step, tmp_path / step.name):
-            save(root / "out", seed=2)
-            assert torch.equal(loaded_logits(root / "out"), new), step
-            assert [path.name for path in root.iterdir()] == ["out"]
-    before = "old" if scene == "overwriting" else "none"
+            assert is_compressed_dir(step / "out")
+            assert check_compressed(step / "out").linears
+            assert AutoConfig.from_pretrained(resolve_model(str(step / "out"))).model_type == "opt"
+        assert files_of(step) == before  # readers write nothing
+        save(step / "out", seed=2)
+        assert torch.equal(loaded_logits(step / "out"), new), step
+        assert [path.name for path in step.iterdir()] == ["out"]
+    first = "old" if scene == "overwriting" else "none"
     switch = found.index("new")
-    assert found == [before] * switch + ["new"] * (len(found) - switch)
+    assert found == [first] * switch + ["new"] * (len(found) - switch)
     assert 8 < switch < len(found) < MOST_STEPS  # killed before and after the switch, and the last one went through
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_verify", "_sync", "_ledger"])
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(failing, tmp_path, monkeypatch):
+def test_a_reader_beside_a_saver_finds_one_of_the_two_models_each_time_and_the_saver_notices_nothing(crashes):
+    outcome = json.loads((crashes / "beside.json").read_text())
+    assert outcome["saver"] == 0
+    assert set(outcome["found"]) == {"0", "1"}
+    assert sum(outcome["found"].values()) >= 4
+    assert [path.name for path in (crashes / "beside").iterdir()] == ["out"]
+
+
+FAILURES = {
+    "weights": (checkpoint, "save_file", SafetensorError("I/O error: no space left on device")),
+    "reading back": (checkpoint, "_verify", OSError("no space left on device")),
+    "config": (checkpoint, "_write_config", OSError("no space left on device")),
+    "sync": (directory, "_sync", OSError("no space left on device")),
+}
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_a_save_that_fails_says_what_to_do_and_leaves_the_old_model_and_nothing_else(failing, tmp_path, monkeypatch):
+    owner, name, error = FAILURES[failing]
     old = save(tmp_path / "out", seed=1)
 
     def fail(*args, **kwargs):
-        raise OSError("no space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpoint, failing, fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(OSError, match=r"cannot save the model to .*/out: .*no space left.*untouched; free space"):
         save(tmp_path / "out", seed=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(loaded_logits(tmp_path / "out"), old)
@@ -144,43 +204,12 @@ def test_a_file_that_does_not_read_back_as_written_is_not_put_in_place(tmp_path,
     wrong = {"model.decoder.final_layer_norm.weight": torch.zeros(32)}
     monkeypatch.setattr(checkpoint, "save_file", lambda tensors, *rest, **more: written(tensors | wrong, *rest, **more))
     with pytest.raises(
-        OSError, match=r"did not read back as it was written: model\.decoder\.final_layer_norm\.weight$"
+        OSError, match=r"did not read back as it was written: model\.decoder\.final_layer_norm\.weight\. What"
     ):
         save(tmp_path / "out", seed=1)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_target_that_is_not_ours_is_refused_and_untouched(kind, tmp_path):
-    target = tmp_path / "out"
-    held = target if kind == "file" else target / "thesis.tex"
-    held.parent.mkdir(exist_ok=True)
-    held.write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"out exists and is not a compressed model"):
-        save(target, seed=1)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [held]
-    assert held.read_text() == "years of work"
-
-
-@pytest.mark.parametrize("before", ["empty", "ours", "link", "nothing"])
-def test_an_empty_directory_one_of_ours_and_a_link_to_one_are_overwritten(before, tmp_path):
-    target = tmp_path / "runs" / "out"
-    if before == "empty":
-        target.mkdir(parents=True)
-    elif before in ("ours", "link"):
-        save(target, seed=1)
-        (target / "stale.txt").write_text("of the old model")
-    path = target
-    if before == "link":
-        path = tmp_path / "link"
-        path.symlink_to(target)
-    new = save(path, seed=2)
-    for directory in (path, target):
-        assert torch.equal(loaded_logits(directory), new)
-    assert not (target / "stale.txt").exists()
-    assert [path.name for path in target.parent.iterdir()] == ["out"]
-    assert path.is_symlink() == (before == "link")
-
-
 if __name__ == "__main__":
     kill_at_every_step(Path(sys.argv[1]))
+    read_beside_a_saver(Path(sys.argv[1], "beside", "out"))

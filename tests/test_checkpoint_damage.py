@@ -11,7 +11,8 @@ import torch
 from models_for_tests import make_batches, make_model
 
 from sgpt_lightning.calibration import compress
-from sgpt_lightning.checkpoint import CheckpointError, load_compressed, save_compressed
+from sgpt_lightning.checkpoint import CheckpointError, check_compressed, load_compressed, save_compressed
+from sgpt_lightning.models import load_tokenizer
 from sgpt_lightning.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +23,7 @@ def whole(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "out"
     model = make_model("opt")
     solved = compress(model, make_batches(1), Recipe(), storage_dtype=torch.float16)
-    save_compressed(directory, model, solved, storage_dtype=torch.float16)
+    save_compressed(directory, model, solved, storage_dtype=torch.float16, tokenizer=load_tokenizer("opt-mini"))
     return directory
 
 
@@ -51,7 +52,8 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size]) and None
 
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "sgpt_manifest.json"
+WEIGHTS, CONFIG, MANIFEST = "sgpt.safetensors", "config.json", "sgpt_manifest.json"
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 DAMAGES = {
     "weights missing": (WEIGHTS, lambda directory: (directory / WEIGHTS).unlink()),
     "weights empty": (WEIGHTS, truncate(WEIGHTS, 0)),
@@ -65,20 +67,22 @@ DAMAGES = {
     "config flipped": (CONFIG, flip(CONFIG, 0.3)),
     "config of a dense model": (CONFIG, change(CONFIG, quantization_config=None)),
     "config with other heads": (CONFIG, change(CONFIG, num_attention_heads=8)),  # fits all tensors, other logits
+    "tokenizer missing": (TOKENIZER, lambda directory: (directory / TOKENIZER).unlink()),
+    "tokenizer changed": (TOKENIZER, flip(TOKENIZER, 0.5)),
+    "generation settings missing": (GENERATION, lambda directory: (directory / GENERATION).unlink()),
+    "generation settings changed": (GENERATION, change(GENERATION, top_k=1)),
     "manifest missing": (MANIFEST, lambda directory: (directory / MANIFEST).unlink()),
     "manifest truncated": (MANIFEST, truncate(MANIFEST, 900)),
     "manifest not of text": (MANIFEST, lambda directory: (directory / MANIFEST).write_bytes(b"\xff\xfe\x00") and None),
     "manifest a list": (MANIFEST, lambda directory: (directory / MANIFEST).write_text("[1]") and None),
     "manifest of another format": (MANIFEST, change(MANIFEST, format="gptq")),
-    "manifest newer": (MANIFEST, change(MANIFEST, format_version=3)),
+    "manifest newer": (MANIFEST, change(MANIFEST, format_version=4)),
     "manifest older": (MANIFEST, change(MANIFEST, format_version=1)),
     "manifest without version": (MANIFEST, change(MANIFEST, format_version=None)),
+    "manifest with another figure": (MANIFEST, change(MANIFEST, run={"perplexity": {"dense": {"wiki": 1.0}}})),
+    "manifest without checksum": (MANIFEST, change(MANIFEST, sha256=None)),
     "manifest without ledger": (MANIFEST, change(MANIFEST, ledger=None)),
     "manifest without linears": (MANIFEST, change(MANIFEST, linears=None)),
-    "manifest with odd aliases": (MANIFEST, change(MANIFEST, aliases=["lm_head.weight"])),
-    "manifest with wrong aliases": ("lm_head.weight", change(MANIFEST, aliases={"lm_head.weight": "nowhere"})),
-    "manifest with no linear": ("weight_codes", change(MANIFEST, linears={})),
-    "manifest with empty specs": (MANIFEST, change(MANIFEST, linears={"model.decoder.layers.0.fc1": {}})),
 }
 
 
@@ -88,10 +92,11 @@ def test_damage_is_an_error_that_names_the_file(damage, whole, tmp_path):
     load_compressed(tmp_path / "out")  # whole until it is damaged
     named, do_damage = DAMAGES[damage]
     do_damage(tmp_path / "out")
-    with pytest.raises(CheckpointError) as error:
-        load_compressed(tmp_path / "out")
-    assert named in str(error.value)
-    assert str(tmp_path / "out") in str(error.value)
+    for read in (load_compressed, check_compressed):
+        with pytest.raises(CheckpointError) as error:
+            read(tmp_path / "out")
+        assert named in str(error.value)
+        assert str(tmp_path / "out") in str(error.value)
 
 
 def test_a_directory_that_does_not_exist_is_not_a_compressed_model(tmp_path):

@@ -65,7 +65,7 @@ def test_validate_measures_the_compressed_directory(demo):
 def test_inspect_shows_ledger_plan_and_perplexities(demo):
     root, _ = demo
     printed = sgpt("inspect", root / "model")
-    size = (root / "model" / "model.safetensors").stat().st_size
+    size = (root / "model" / "sgpt.safetensors").stat().st_size
     assert f"{size:,}" in printed
     assert "model.decoder.layers.7.fc2" in printed
     assert "sparsity=0.5" in printed

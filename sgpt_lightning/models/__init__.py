@@ -13,6 +13,7 @@ from urllib.error import HTTPError, URLError
 
 from torch import nn
 
+from sgpt_lightning.directory import find_directory
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.suggest import did_you_mean
 
@@ -28,8 +29,8 @@ HUB_TIMEOUT = 5.0
 
 
 def resolve_model(path: str) -> str:
-    """Return the directory of an embedded model's name; any other path or hub id as it is."""
-    return str(Path(__file__).parent / path) if path in EMBEDDED else path
+    """Return the directory of an embedded model's name; else the path to read, see `find_directory`, or the hub id."""
+    return str(Path(__file__).parent / path if path in EMBEDDED else find_directory(path))
 
 
 def find_model(name: str, argument: str = "model path") -> Path | None:
