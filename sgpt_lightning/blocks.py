@@ -124,19 +124,33 @@ def weight_matrix(linear: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def add_to_bias(linear: nn.Module, shift: Tensor, storage_dtype: torch.dtype) -> None:
-    """Add `[out_features]` to the module's bias and round the sum to the dtype that it will be stored in."""
+def add_to_bias(linear: nn.Module, shift: Tensor, storage_dtype: torch.dtype, name: str = "the linear") -> None:
+    """Add `[out_features]` to the module's bias and round the sum to the dtype that it will be stored in.
+
+    Raises:
+        ValueError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
+    """
     bias = linear.bias
     assert isinstance(bias, Tensor)
-    bias.copy_((bias.float() + shift).to(storage_dtype))
+    stored = (bias.float() + shift).to(storage_dtype).to(bias.dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"the bias of {name} would be inf or NaN in {storage_dtype} or {bias.dtype}")
+    bias.copy_(stored)
 
 
 @torch.no_grad()
-def set_weight_matrix(linear: nn.Module, matrix: Tensor) -> None:
-    """Write `[out_features, in_features]` into the module's weight, in its own dtype and layout."""
+def set_weight_matrix(linear: nn.Module, matrix: Tensor, name: str = "the linear") -> None:
+    """Write `[out_features, in_features]` into the module's weight, in its own dtype and layout.
+
+    Raises:
+        ValueError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
+    """
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    weight.copy_(matrix.T if is_conv1d(linear) else matrix.view(weight.shape))
+    stored = matrix.to(weight.dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"{name} was solved to weights that {weight.dtype} cannot hold: they would be inf or NaN")
+    weight.copy_(stored.T if is_conv1d(linear) else stored.view(weight.shape))
 
 
 class BlockCall(NamedTuple):

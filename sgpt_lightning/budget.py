@@ -72,3 +72,25 @@ def mean_code_bits(
 def widest_width(recipe: Recipe, shape: tuple[int, int], name: str = "") -> int:
     """Return the widest width that the budget allows to every channel alike; raises ValueError as above."""
     return max(b for b in recipe.widths if b <= mean_code_bits(recipe, shape, "input", (b,), name) + _ROUNDING)
+
+
+def least_bits(recipe: Recipe | None, shape: tuple[int, int], storage_bits: int) -> float:
+    """Return how many bits a matrix will take at least; None for the recipe leaves it as it is.
+
+    Args:
+        recipe: settings, already resolved for the linear.
+        shape: (out_features, in_features).
+        storage_bits: bits of a weight that is not quantized.
+    """
+    if recipe is None:
+        return storage_bits * math.prod(shape)
+    survivors = count_survivors(recipe, shape)
+    if not recipe.quantizes:
+        return storage_bits * survivors
+    if recipe.target_bits_per_weight is not None and recipe.scope == "model":
+        return recipe.widths[0] * survivors
+    return _LEAST_USED * mean_code_bits(recipe, shape, width_axis(recipe), recipe.widths) * survivors
+
+
+_LEAST_USED = 0.9
+"""Part of a budget that is spent at least, whatever the allocation."""

@@ -357,9 +357,9 @@ def solve_linears(
             row_weights=plans.row_weights.get(name),
         )
         packed = pack_weight(compressed)
-        set_weight_matrix(linear, unpack_weight(packed))
+        set_weight_matrix(linear, unpack_weight(packed), name)
         if compressed.bias_shift is not None:
-            add_to_bias(linear, compressed.bias_shift, storage_dtype)
+            add_to_bias(linear, compressed.bias_shift, storage_dtype, name)
         solved[name] = SolvedLinear(packed.to("cpu"), describe_linear(name, compressed, packed))
     return solved
 

@@ -24,7 +24,7 @@ from torch import nn
 from sgpt_lightning.blocks import find_decoder_blocks, is_marked_compressed, weight_matrix
 from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibration_for, mean_error, padding_mask
 from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
-from sgpt_lightning.checks import check_batch
+from sgpt_lightning.checks import check_batch, least_bytes
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.progress import seconds_left
 from sgpt_lightning.recipe import Recipe
@@ -115,13 +115,14 @@ class SparseGPTCallback(Callback):
         self._settings._replace(num_sanity_val_steps=0, log_every_n_steps=1).apply(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the recipe against the model, all of it, and set the number of epochs."""
+        """Check the recipe against the model, all of it, and the disk, and set the number of epochs."""
         network = _network(pl_module)
         assert isinstance(pl_module, CausalLMModule)
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
         self._seen, self._block_seconds = _TextSeen(0, 0), []
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
+        check_target(self.target(trainer), least_bytes(network, self.recipe, pl_module.storage_dtype))
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.epoch_titles = self._calibration.titles
         trainer.fit_loop.max_epochs = self._first_epoch + self._calibration.epochs

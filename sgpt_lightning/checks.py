@@ -1,10 +1,13 @@
 """What is refused before a calibration begins: models, recipes and batches that do not fit each other."""
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.blocks import find_decoder_blocks, is_marked_compressed, weight_matrix
+from sgpt_lightning.budget import least_bits
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.solver import check_pattern
 
@@ -56,3 +59,15 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
+
+
+def least_bytes(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> int:
+    """Return how many bytes the compressed model's file will have at least, whatever the solve finds."""
+    linears = find_decoder_blocks(model).linears()
+    matrices = {name: weight_matrix(linear).shape for name, linear in linears.items()}
+    storage_bits = 8 * storage_dtype.itemsize
+    bits = sum(
+        least_bits(recipe.for_linear(name), (rows, columns), storage_bits) for name, (rows, columns) in matrices.items()
+    )
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(map(math.prod, matrices.values()))
+    return int(bits) // 8 + rest * storage_dtype.itemsize

@@ -46,6 +46,8 @@ def report_dict(manifest: Manifest) -> dict[str, Any]:
     """Return the content of `report.json`; sizes in bytes, times in seconds. The last three `bytes` make the first."""
     ledger = manifest.ledger
     return {
+        "model": manifest.run.get("model"),
+        "calibration": manifest.run.get("calibration", {}),
         "perplexity": manifest.run.get("perplexity", {}),
         "bytes": {
             "file": ledger.file,

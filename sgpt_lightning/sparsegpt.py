@@ -144,11 +144,11 @@ class SparseGPT:
                 as it was.
         """
         started = time.perf_counter()
+        zeros = {"sparsity": sparsity} if (prunen, prunem) == (0, 0) else {"pattern": f"{prunen}:{prunem}"}
         recipe = Recipe(
             preset="sparsegpt",
             uniform_if_better=False,
-            sparsity=sparsity,
-            pattern=None if (prunen, prunem) == (0, 0) else f"{prunen}:{prunem}",
+            **zeros,
             block_size=blocksize,
             damp_percent=percdamp,
             **self._bits(target_avg_bits, bit_allocation_method),
@@ -189,13 +189,9 @@ class SparseGPT:
     def _accept(self, compressed: CompressedLinear, dense: Tensor) -> None:
         """Write what `dense` was solved to into the layer, and report it; nothing is changed if it cannot be held."""
         report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
-        stored = compressed.weight().to(dense.dtype)
-        if not bool(torch.isfinite(stored).all()):
-            raise ValueError(f"{self._name} was solved to weights that {dense.dtype} cannot hold: they would be inf")
-        if self._dense is None:
-            self._dense = dense.clone()
-        set_weight_matrix(self.layer, stored)
-        self.compressed = compressed
+        kept = dense.clone() if self._dense is None else self._dense
+        set_weight_matrix(self.layer, compressed.weight(), self._name)
+        self._dense, self.compressed = kept, compressed
         self.report = report if self.stats_collector is None else self.stats_collector.add(report, self.report)
 
     def _undo(self) -> None:

@@ -106,6 +106,8 @@ def test_report_json_adds_up(run):
     protocol = report["perplexity"]["protocol"]["python-docs"]
     assert (protocol["seq_len"], protocol["windows"], protocol["dtype"]) == (SEQ_LEN, 4, "float32")
     assert report["recipe"]["sparsity"] == 0.5
+    assert report["model"] == run["dense"]
+    assert report["calibration"]["protocol"]["windows"] == 20
     assert "torch" in report["versions"]
     for linear in report["linears"]:
         expected = 0.25 if linear["name"].endswith("fc2") else 0.5

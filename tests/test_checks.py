@@ -1,10 +1,18 @@
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models_for_tests import make_batches, make_model
+from runs_for_tests import make_loader, make_trainer
 from torch import nn
 
-from sgpt_lightning.blocks import find_decoder_blocks
+from sgpt_lightning.blocks import add_to_bias, find_decoder_blocks, set_weight_matrix
 from sgpt_lightning.calibration import SequentialCalibration, calibration_for, compress
+from sgpt_lightning.callback import SparseGPTCallback
+from sgpt_lightning.checkpoint import save_compressed
+from sgpt_lightning.checks import least_bytes
+from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,3 +115,46 @@ def test_blocks_of_several_classes_are_named_as_such():
     model.layers = nn.ModuleList([Layer(0), Tower(1)])
     with pytest.raises(ValueError, match="layers holds blocks of several classes"):
         find_decoder_blocks(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"target_avg_bits": 4}, 0.6),  # ranges weigh much at 32 columns
+        ({"target_bits_per_weight": 6}, 0.8),
+        ({"target_avg_bits": None}, 0.8),
+        ({"preset": "gptq", "ignore": ["*.fc1"]}, 0.8),
+        ({"scope": "model", "target_bits_per_weight": 6}, 0.5),
+    ],
+    ids=str,
+)
+def test_the_predicted_bytes_are_a_lower_bound_and_not_far_below(settings, share, tmp_path):
+    model, recipe = make_model("opt").half().float(), Recipe(**settings)
+    predicted = least_bytes(model, recipe, torch.float16)
+    solved = compress(model, make_batches(3), recipe, storage_dtype=torch.float16)
+    ledger = save_compressed(tmp_path / "model", model, solved, storage_dtype=torch.float16).ledger
+    stored = ledger.file - ledger.headers
+    assert share * stored <= predicted <= stored
+
+
+@pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
+def test_a_disk_that_is_too_small_is_named_before_the_first_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    dense = make_model("opt")
+    before = [parameter.clone() for parameter in dense.parameters()]
+    callback = SparseGPTCallback(PRUNED, save_dir=str(tmp_path / "out"))
+    with pytest.raises(OSError, match=r"out needs [\d,]+ bytes, 1,000 are free"):
+        make_trainer(tmp_path, callback).fit(CausalLMModule.from_model(dense), make_loader())
+    assert all(torch.equal(*pair) for pair in zip(before, dense.parameters(), strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_models_dtype_cannot_hold_is_refused_by_name_and_not_written():
+    linear = nn.Linear(4, 3).half()
+    weight, bias = linear.weight.clone(), linear.bias.clone()
+    with pytest.raises(ValueError, match=r"layers\.7\.fc1 was solved to weights that torch\.float16 cannot hold"):
+        set_weight_matrix(linear, torch.full((3, 4), 1e5), "layers.7.fc1")
+    with pytest.raises(ValueError, match=r"bias of layers\.7\.fc1 would be inf"):
+        add_to_bias(linear, torch.full((3,), 1e5), torch.float16, "layers.7.fc1")
+    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.bias, bias)
