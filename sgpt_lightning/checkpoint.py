@@ -91,6 +91,7 @@ def save_compressed(
         FileExistsError: `directory`, or a name beside it that a save needs, holds what this package did not write.
         OSError: the directory cannot be written; what was there is untouched.
     """
+    check_target(directory)
     tensors, aliases = _tensors_to_store(model, solved, storage_dtype)
     with replacing(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         _write_config(partial, model, tokenizer)

@@ -119,7 +119,7 @@ def _read_config(path: Path, tensors: Mapping[str, Tensor]) -> Any:
                 raise ValueError(f"{key} is {count}, but there are {len(tensors)} tensors of {size} bytes")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         del config.quantization_config
-        del config.transformers_weights
+        config.__dict__.pop("transformers_weights", None)  # which older versions lack
     return config
 
 
@@ -147,7 +147,9 @@ def _packed_weights(stored: _Stored) -> dict[str, PackedWeight]:
     for key in list(stored.tensors):
         owner, _, leaf = key.rpartition(".")
         if owner in parts and leaf.startswith("weight_"):
-            parts[owner][leaf] = stored.tensors.pop(key)
+            tensor = stored.tensors.pop(key)
+            one_segment = leaf in ("weight_range", "weight_zero_point") and tensor.dim() == 1  # format version 1
+            parts[owner][leaf] = tensor.unsqueeze(1) if one_segment else tensor
     packed = {}
     for name, entry in stored.manifest.linears.items():
         packed[name] = PackedWeight(WeightSpec.from_dict(entry["spec"]), parts[name])

@@ -2,7 +2,7 @@
 
 `sha256` is the SHA-256 of all fields but `format`, `format_version` and itself, as JSON with sorted keys, no spaces and
 ASCII only, so neither a plan nor a reported figure can change unnoticed. A fault of any kind is a CheckpointError that
-names the file.
+names the file. Versions 1 and 2 are read as well.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from sgpt_lightning.report import LinearReport
 FORMAT_VERSION = 3
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-WEIGHT_FILE = re.compile(r"sgpt(-\d{5}-of-\d{5})?\.safetensors")
+WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _RUN: dict[str, Any] = {
     "model": str,
@@ -128,13 +128,13 @@ class Manifest:
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
         version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            older = type(version) is int and version < FORMAT_VERSION
-            remedy = "compress the model again" if older else "upgrade the package"
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} is of format version {version}, this package reads {FORMAT_VERSION}: {remedy}"
+                f"{path} is of format version {version!r}, this package reads 1 to {FORMAT_VERSION}: upgrade it"
             )
-        if content.pop("sha256", None) != _checksum(content):
+        if version < FORMAT_VERSION:
+            content = _brought_up(content, version, path)
+        elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
         faults = _faults(content)
         if faults:
@@ -166,6 +166,24 @@ def check_files(directory: Path, manifest: Manifest) -> None:
                 raise CheckpointError(f"{path} does not match the manifest's SHA-256: it was changed or damaged")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
+    """Return what an older manifest says in the fields of this version.
+
+    Versions 1 and 2 had no checksum of the manifest, kept that of `config.json` in a field of its own, and called the
+    weights `model.safetensors`. Version 1 had one kind of grid, one segment a row, and widths of columns only.
+    """
+    try:
+        files = content["files"] | {CONFIG: content["config"]}
+        linears = {name: dict(entry) for name, entry in content["linears"].items()}
+        for entry in linears.values() if version == 1 else ():
+            grid = None if entry["spec"]["widths"] is None else "zero-point"
+            entry["spec"] = entry["spec"] | {"grid": grid, "group_size": None, "width_axis": "input"}
+            entry["report"] = entry["report"] | {"allocation": None}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} of format version {version} is incomplete: {error!r}") from error
+    return {key: value for key, value in content.items() if key != "config"} | {"files": files, "linears": linears}
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a file without bytes": (MANIFEST, manifest_with("files", WEIGHTS, value={"sha256": "0"})),
     "no config among the files": (CONFIG, manifest_with("files", CONFIG, value=KeyError)),
     "weights outside": ("../sgpt.safetensors", weights_elsewhere("../sgpt.safetensors", "../sgpt.safetensors")),
-    "weights of another name": (MANIFEST, weights_elsewhere("model.safetensors", "model.safetensors")),
+    "weights of another name": (MANIFEST, weights_elsewhere("weights.safetensors", "weights.safetensors")),
     "an absolute path": ("/etc/passwd", manifest_with("files", "/etc/passwd", value={"bytes": 1, "sha256": ""})),
     "weights of something else": (WEIGHTS, content_of(WEIGHTS, b"PK" * 99_999)),
     "weights that are too few": (CONFIG, without_tensor),
