@@ -127,7 +127,8 @@ class SGPTCli(LightningCLI):
         now = _identity(target)
         if now not in (None, self._before):
             return f"the run is complete, and its model is in {target}"
-        lost = f"{len(self._callback().solved)} solved linears are lost"
+        solved = len(self._callback().solved)
+        lost = f"{solved} solved linears are lost" if solved else "nothing was solved yet"
         if self._before is None:
             return f"{lost}; nothing was written to {target}"
         if now is None:  # stopped between the two renames of a save
