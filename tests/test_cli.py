@@ -20,7 +20,7 @@ import pytest
 import yaml
 from readme_runs import ROOT, SIZES, run_main
 
-from sgpt_lightning import cli
+from sgpt_lightning import cli, trainer_cli
 from sgpt_lightning.callback import SparseGPTCallback
 from sgpt_lightning.checkpoint import CheckpointError, load_compressed
 from sgpt_lightning.progress import ProgressLines, format_duration, seconds_left
@@ -307,6 +307,21 @@ inspect([{str(directory / "runs/small")!r}])
 assert not {{"lightning", "transformers"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, env=ENVIRONMENT)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(readme_runs):
+    directory, _ = readme_runs
+    command = [*PROGRAM, "inspect", str(directory / "runs/small")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_a_warning_is_one_line_without_the_place_in_the_code(capsys):
+    trainer_cli.show_warning(UserWarning("too little text"), UserWarning, "module.py", 7)
+    assert capsys.readouterr().err == "sgpt: warning: too little text\n"
 
 
 def test_inspecting_something_else_is_an_error_with_a_remedy(tmp_path):
