@@ -65,6 +65,9 @@ def _run(arguments: Sequence[str]) -> None:
     with _sigterm_raises() as received:
         try:
             _dispatch(arguments)
+        except BrokenPipeError as error:  # as in `sgpt inspect ... | head`: the reader has all that it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+            raise SystemExit(128 + signal.SIGPIPE) from error
         except (ValueError, OSError, ImportError) as error:
             if os.environ.get(TRACEBACK_SWITCH):
                 raise

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
@@ -42,7 +42,8 @@ class Parser(LightningArgumentParser):
         """Raise the message as a ValueError, for the command line to print."""
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"{message}{_hint(message, options)}") from ex
+        hint = _hint(message, options) or "\n  `sgpt fit --help` and `sgpt validate --help` list all settings"
+        raise ValueError(f"{message}{hint}") from ex
 
 
 def _hint(message: str, options: Sequence[str]) -> str:
@@ -80,12 +81,17 @@ class SGPTCli(LightningCLI):
                 save_config_kwargs={"overwrite": True},
                 seed_everything_default=False,
                 auto_configure_optimizers=False,
-                parser_class=Parser,
                 parser_kwargs={command: {"usage": usage} for command, usage in USAGE.items()},
             )
         except BaseException as error:
             error.add_note(self._what_is_lost())
             raise
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make our own kind of parser, one for each command."""
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file of settings, in YAML")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -127,7 +133,8 @@ class SGPTCli(LightningCLI):
         now = _identity(target)
         if now not in (None, self._before):
             return f"the run is complete, and its model is in {target}"
-        lost = f"{len(self._callback().solved)} solved linears are lost"
+        solved = len(self._callback().solved)
+        lost = f"{solved} solved linears are lost" if solved else "nothing was solved yet"
         if self._before is None:
             return f"{lost}; nothing was written to {target}"
         if now is None:  # stopped between the two renames of a save
@@ -155,7 +162,7 @@ def run() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # "max_epochs reached", advertisements, hardware that is not there: nobody asked.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     _silence_transformers()
     try:
         SGPTCli()
@@ -165,7 +172,7 @@ def run() -> None:
         raise ValueError(str(error)) from error
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line on stderr, above a progress bar and not into it."""
     Tqdm.write(f"sgpt: warning: {message}", file=sys.stderr)
 
