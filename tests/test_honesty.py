@@ -107,7 +107,7 @@ def inputs_of(name, model, batches):
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     for batch in batches:
-        model(**batch)
+        model(**batch, use_cache=False)
     handle.remove()
     return torch.cat(seen).double().numpy()
 

@@ -82,8 +82,7 @@ def test_the_hessian_score_is_the_error_of_removing_the_channel(layer):
     inverse_diagonal = inverse_factor(statistics.second_moment).inverse_diagonal
     score = channel_scores(random_weight(ROWS, FEATURES), statistics, inverse_diagonal)["hessian"].numpy()
     np.testing.assert_allclose(score, errors / errors.mean(), rtol=1e-4)  # the factor is float32
-    assert np.array_equal(np.argsort(score), np.argsort(errors))
-    assert not np.array_equal(np.argsort(score), np.argsort(-errors))
+    assert errors.max() > 1.5 * errors.min()  # far from equal: the reciprocal would have been told apart
 
 
 def test_scores_of_inputs_that_never_fired_are_zero_and_not_nan():
