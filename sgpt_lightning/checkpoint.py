@@ -3,8 +3,9 @@
 A directory holds `config.json` (with a `quantization_config` that names this format and its version),
 `sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
 `generation_config.json`, and the tokenizer's files. Per linear the tensors are those of `packed.py`, under the linear's
-own name; everything else is stored as it is, in the storage dtype where that loses nothing. Tensors that the model ties
-are stored once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied tensors,
+own name; everything else is stored as it is, in the storage dtype where that loses nothing, and so are small tables that
+a model computes for itself (rotary angles), under the names of their buffers. Tensors that the model ties are stored
+once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied tensors,
 sizes and SHA-256 of all other files, and of itself, see `manifest.py`), and what a person wants to know (recipe,
 report per linear, ledger, perplexities with their protocols).
 
@@ -38,7 +39,7 @@ from sgpt_lightning.directory import (
     is_compressed_dir,
     replacing,
 )
-from sgpt_lightning.loading import check_compressed, load_compressed
+from sgpt_lightning.loading import check_compressed, load_compressed, stored_tables
 from sgpt_lightning.manifest import (
     CONFIG,
     FORMAT_VERSION,
@@ -145,6 +146,7 @@ def _tensors_to_store(
             continue
         first_name[key] = name
         tensors[name] = _smallest_lossless(tensor.detach(), storage_dtype).cpu().contiguous()
+    tensors |= {name: table.detach().cpu().clone() for name, table in stored_tables(model).items()}
     odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if odd:
         raise ValueError(f"a model with NaN or infinite values is not saved; they are in {', '.join(odd)}")

@@ -26,6 +26,24 @@ from sgpt_lightning.packed import PackedWeight, WeightSpec, check_sizes, unpack_
 
 MAX_BUFFER_BYTES = 16 << 20
 """Bytes of tables that a model may compute for itself (rotary angles), past the bytes of its parameters."""
+SMALL_TABLE = 1024
+"""Entries of a table that is always stored."""
+
+
+def stored_tables(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tables that a model computes for itself (rotary angles) and that are stored all the same, by name.
+
+    Small ones cost nothing and are then the same in every version of transformers; large ones that are not float32 were
+    rounded when the model was cast as a whole, which `from_pretrained` does not do.
+    """
+    persistent = model.state_dict().keys()
+    return {
+        name: table
+        for name, table in model.named_buffers()
+        if name not in persistent
+        and table.is_floating_point()
+        and (table.numel() <= SMALL_TABLE or table.dtype != torch.float32)
+    }
 
 
 def check_compressed(directory: str | Path) -> Manifest:
@@ -65,6 +83,8 @@ def load_compressed(
     _check_shapes(stored, packed)
     model = _allocate(stored, compute_dtype or getattr(torch, stored.manifest.compute_dtype), attn_implementation)
     _fill(model, stored, packed)
+    if compute_dtype in (None, getattr(torch, stored.manifest.compute_dtype)):
+        _fill_tables(model, stored)
     if stored.generation_config is not None:
         model.generation_config = stored.generation_config
     mark_compressed(model)
@@ -174,6 +194,7 @@ def _check_shapes(stored: _Stored, packed: Mapping[str, PackedWeight]) -> None:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(stored.config), trust_remote_code=False)
     state = model.state_dict()
     found = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
+    state |= {name: table for name, table in model.named_buffers() if name in found}
     for name, weight in packed.items():
         turned = f"{name}.weight" in state and is_conv1d(model.get_submodule(name))
         found[f"{name}.weight"] = weight.spec.shape[::-1] if turned else weight.spec.shape
@@ -226,3 +247,10 @@ def _fill(model: nn.Module, stored: _Stored, packed: Mapping[str, PackedWeight])
             with _blaming_the_manifest(stored, owner):
                 weight = unpack_weight(packed[owner])
             tensor.copy_(weight.T if is_conv1d(model.get_submodule(owner)) else weight)
+
+
+def _fill_tables(model: nn.Module, stored: _Stored) -> None:
+    """Put the stored tables in the place of those that the model has computed."""
+    for name in stored.tensors.keys() - model.state_dict().keys():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, stored.tensors[name], persistent=False)

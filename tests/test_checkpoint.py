@@ -174,6 +174,8 @@ def assert_independent_reader_agrees(directory: Path, model: PreTrainedModel) ->
     for name in linears:
         if isinstance(other.get_submodule(name), Conv1D):  # which holds its weight transposed
             state[f"{name}.weight"] = state[f"{name}.weight"].T
+    tables = {name: state.pop(name) for name in state.keys() - other.state_dict().keys()}
+    assert all(torch.equal(table, model.get_buffer(name)) for name, table in tables.items())
     other.load_state_dict(state, strict=True)
     assert torch.equal(logits(other), logits(model))
 
