@@ -157,7 +157,7 @@ def test_a_reader_written_from_the_description_finds_the_same_weights(family, re
 
 def test_the_embedded_model_is_read_by_the_independent_reader(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(resolve_model("opt-mini"), dtype=torch.float32, local_files_only=True)
-    recipe = Recipe(sparsity=0.5, target_avg_bits=3.0)
+    recipe = Recipe(preset="sparsegpt", sparsity=0.5, target_avg_bits=3.0)
     solved = compress(model.eval().requires_grad_(False), make_batches(2, batch=1, time=32), recipe, storage_dtype=HALF)
     manifest = save_compressed(tmp_path / "out", model, solved, storage_dtype=HALF)
     assert_independent_reader_agrees(tmp_path / "out", model)
@@ -245,7 +245,8 @@ def test_a_large_model_is_sharded_with_a_correct_index(tmp_path, monkeypatch):
             held |= dict.fromkeys(file.keys(), path.name)
     assert len(set(held.values())) > 2
     assert index["weight_map"] == held
-    assert set(manifest.files) == set(held.values())
+    assert set(manifest.weight_files) == set(held.values())
+    assert {*manifest.files, "sgpt_manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored_tensors(tmp_path / "out").values())
     assert manifest.ledger.file == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert torch.equal(logits(load_compressed(tmp_path / "out")), logits(model))

@@ -157,7 +157,7 @@ def test_a_missing_extra_or_resized_tensor_is_refused(case):
         damaged += [{key: value for key, value in tensors.items() if key != name}]
         damaged += [tensors | {name: tensor[:-1]}, tensors | {name: torch.cat([tensor, tensor[-1:]])}]
     for wrong in damaged:
-        with pytest.raises(ValueError, match=r"needs the tensors|bytes|survivors|per row"):
+        with pytest.raises(ValueError, match=r"needs the tensors|bytes|survivors|takes from|must be \("):
             unpack_weight(PackedWeight(spec, wrong))
 
 
