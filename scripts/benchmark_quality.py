@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 from sgpt_lightning import solver
 from sgpt_lightning.blocks import find_decoder_blocks, model_inputs, set_weight_matrix, weight_matrix
-from sgpt_lightning.calibration import SolvedLinear, compress
+from sgpt_lightning.calibration import compress
 from sgpt_lightning.checkpoint import save_compressed
 from sgpt_lightning.grids import fit_affine_grid, quantize_matrix
 from sgpt_lightning.metrics import Perplexity
 from sgpt_lightning.models import load_tokenizer, resolve_model
 from sgpt_lightning.packed import pack_weight, unpack_weight
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report import describe_linear, format_table
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.report import SolvedLinear, describe_linear, format_table
+from sgpt_lightning.solution import CompressedLinear
 from sgpt_lightning.text import calibration_windows, evaluation_windows
 
 Batches = Sequence[Mapping[str, Tensor]]

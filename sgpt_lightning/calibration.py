@@ -41,21 +41,13 @@ from sgpt_lightning.checks import check_batch, check_model
 from sgpt_lightning.collector import DenseReference, InputCollector, ResidualStream, input_groups, watched_inputs
 from sgpt_lightning.gradients import OutputGradients
 from sgpt_lightning.guards import evaluation_mode
-from sgpt_lightning.packed import PackedWeight, pack_weight, unpack_weight
+from sgpt_lightning.packed import pack_weight, unpack_weight
 from sgpt_lightning.plan import LinearJob, plan_model
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report import LinearReport, describe_linear
+from sgpt_lightning.report import SolvedLinear, describe_linear
 from sgpt_lightning.solver import compress_linear
 
 Mode = Literal["sequential", "one-shot"]
-
-
-@dataclass(frozen=True)
-class SolvedLinear:
-    """One linear after the solve: what will be stored (on the CPU) and how it went."""
-
-    packed: PackedWeight
-    report: LinearReport
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from sgpt_lightning.blocks import find_decoder_blocks, is_marked_compressed, weight_matrix
-from sgpt_lightning.calibration import Calibration, Mode, SolvedLinear, calibration_for, mean_error, padding_mask
+from sgpt_lightning.calibration import Calibration, Mode, calibration_for, mean_error, padding_mask
 from sgpt_lightning.checkpoint import Manifest, check_target, is_compressed_dir, save_compressed
 from sgpt_lightning.checks import check_batch, least_bytes
 from sgpt_lightning.module import CausalLMModule
 from sgpt_lightning.progress import seconds_left
 from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.report import SolvedLinear
 from sgpt_lightning.run_logs import log_linears, log_perplexity, log_run
 from sgpt_lightning.run_report import linear_reports, report_dict, status_line, summary_table, versions
 from sgpt_lightning.trainer_setup import TrainerSettings, check_report_path, check_trainer, report_path, run_directory

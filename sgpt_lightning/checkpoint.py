@@ -3,9 +3,9 @@
 A directory holds `config.json` (with a `quantization_config` that names this format and its version),
 `sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
 `generation_config.json`, and the tokenizer's files. Per linear the tensors are those of `packed.py`, under the linear's
-own name; everything else is stored as it is, in the storage dtype where that loses nothing, and so are small tables that
-a model computes for itself (rotary angles), under the names of their buffers. Tensors that the model ties are stored
-once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied tensors,
+own name; everything else is stored as it is, in the storage dtype where that loses nothing. Small tables that a model
+computes for itself (rotary angles) are stored too, under the names of their buffers. Tensors that the model ties are
+stored once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied tensors,
 sizes and SHA-256 of all other files, and of itself, see `manifest.py`), and what a person wants to know (recipe,
 report per linear, ledger, perplexities with their protocols).
 
@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt_lightning.blocks import find_decoder_blocks, weight_matrix
-from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.directory import (
     FORMAT,
     MARKER,
@@ -49,6 +48,7 @@ from sgpt_lightning.manifest import (
     Ledger,
     Manifest,
 )
+from sgpt_lightning.report import SolvedLinear
 
 # The rest of the package finds all names of the format here.
 __all__ = [

@@ -41,7 +41,7 @@ from torch import Tensor
 from sgpt_lightning.bitpack import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.grids import Grid, GridKind, WidthAxis, count_segments, dequantize_matrix
 from sgpt_lightning.layout import MAX_GROUP, Layout, code_bits, index_bits, mask_bits, smallest_layout
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.solution import CompressedLinear
 
 
 @dataclass(frozen=True)

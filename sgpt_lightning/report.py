@@ -14,7 +14,7 @@ from sgpt_lightning.hessian import DampStatus
 from sgpt_lightning.layout import Layout
 from sgpt_lightning.packed import PackedWeight
 from sgpt_lightning.recipe import MAX_BITS, Allocation
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.solution import CompressedLinear
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,14 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 """What `LinearReport.from_dict` asks of each field, in words and as a test."""
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """One linear after the solve: what will be stored (on the CPU) and how it went."""
+
+    packed: PackedWeight
+    report: LinearReport
 
 
 def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeight) -> LinearReport:

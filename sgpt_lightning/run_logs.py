@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from sgpt_lightning.calibration import SolvedLinear
 from sgpt_lightning.checkpoint import Manifest
-from sgpt_lightning.report import format_table, overall_histogram
+from sgpt_lightning.report import SolvedLinear, format_table, overall_histogram
 from sgpt_lightning.run_report import ledger_table, linear_reports, linears_table, summary_table
 
 

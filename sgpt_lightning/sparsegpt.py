@@ -16,7 +16,8 @@ from sgpt_lightning.blocks import is_conv1d, set_weight_matrix, weight_matrix
 from sgpt_lightning.packed import pack_weight
 from sgpt_lightning.recipe import Allocation, Recipe
 from sgpt_lightning.report import LinearReport, QuantizationStats, describe_linear
-from sgpt_lightning.solver import CompressedLinear, compress_linear
+from sgpt_lightning.solution import CompressedLinear
+from sgpt_lightning.solver import compress_linear
 from sgpt_lightning.statistics import InputStatistics
 
 DEFAULT_TARGET_AVG_BITS = 4.0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sgpt_lightning.models import load_dense, load_tokenizer
 from sgpt_lightning.recipe import PRESETS, Recipe
-from sgpt_lightning.solver import CompressedLinear, compress_linear
+from sgpt_lightning.solution import CompressedLinear
+from sgpt_lightning.solver import compress_linear
 from sgpt_lightning.statistics import InputStatistics
 
 

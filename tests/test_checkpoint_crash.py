@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import sgpt_lightning.checkpoint as checkpoint
 import sgpt_lightning.directory as directory
-from sgpt_lightning.calibration import SolvedLinear, compress
+from sgpt_lightning.calibration import compress
 from sgpt_lightning.checkpoint import (
     CheckpointError,
     check_compressed,
@@ -31,6 +31,7 @@ from sgpt_lightning.checkpoint import (
 )
 from sgpt_lightning.models import resolve_model
 from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.report import SolvedLinear
 
 SCENES = ["overwriting", "creating"]
 STEPS = [(checkpoint, "save_file"), (os, "fsync")]

@@ -10,7 +10,7 @@ from oracles import correlated_inputs, random_weight
 from sgpt_lightning.grids import count_segments
 from sgpt_lightning.layout import code_bits, grid_bits, index_bits, mask_bits, smallest_layout
 from sgpt_lightning.packed import PackedWeight, pack_weight
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.solution import CompressedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

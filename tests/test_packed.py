@@ -10,7 +10,7 @@ from oracles import correlated_inputs, generator, random_weight
 
 from sgpt_lightning.grids import fit_affine_grid
 from sgpt_lightning.packed import PackedWeight, WeightSpec, cheapest_layout, pack_weight, unpack_weight
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.solution import CompressedLinear
 
 MIXED = (2, 3, 4, 6, 8)
 

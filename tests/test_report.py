@@ -19,7 +19,7 @@ from sgpt_lightning.report import (
     overall_histogram,
     table_of_linears,
 )
-from sgpt_lightning.solver import CompressedLinear
+from sgpt_lightning.solution import CompressedLinear
 
 KEEP = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 

@@ -5,7 +5,8 @@ import torch
 from oracles import affine_grid, correlated_inputs, output_error, random_weight, round_to_grid, sparsegpt
 from torch import Tensor
 
-from sgpt_lightning.solver import CompressedLinear, compress_linear
+from sgpt_lightning.solution import CompressedLinear
+from sgpt_lightning.solver import compress_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,8 @@ from sgpt_lightning.hessian import inverse_factor
 from sgpt_lightning.masks import MaskRule
 from sgpt_lightning.objective import make_objective
 from sgpt_lightning.recipe import PRESETS, Recipe
-from sgpt_lightning.solver import SolveError, compress_linear
+from sgpt_lightning.solution import SolveError
+from sgpt_lightning.solver import compress_linear
 from sgpt_lightning.statistics import InputStatistics
 from sgpt_lightning.sweep import Quantizer, sweep
 
