@@ -207,7 +207,7 @@ def test_every_config_parses_and_its_first_line_is_its_command(config):
         ("--trainer.precision 16-mixed", "precision"),
         ("--data.calibration /no/such/text.txt", "/no/such/text.txt"),
         (f"--sgpt.save_dir {ROOT / 'configs'}", "exists and is not a compressed model"),
-        ("--trainer.accelerator tpu", "trainer cannot be set up like this: "),
+        ("--trainer.accelerator mps", "trainer cannot be set up like this: "),
         ("--trainer.accumulate_grad_batches 4", "accumulate_grad_batches=4"),
         ("--trainer.gradient_clip_val 1", "gradient_clip_val=1"),
         ("--sgpt.recipe.sparsty 0.3", "--sgpt.recipe.sparsty 0.3: did you mean --sgpt.recipe.sparsity?"),
