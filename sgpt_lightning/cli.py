@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from sgpt_lightning.suggest import did_you_mean
 
@@ -65,25 +66,38 @@ def _run(arguments: Sequence[str]) -> None:
     with _sigterm_raises() as received:
         try:
             _dispatch(arguments)
-        except BrokenPipeError as error:  # as in `sgpt inspect ... | head`: the reader has all that it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
-            raise SystemExit(128 + signal.SIGPIPE) from error
-        except (ValueError, OSError, ImportError) as error:
-            if os.environ.get(TRACEBACK_SWITCH):
-                raise
-            print(f"sgpt: error: {error}\n(set {TRACEBACK_SWITCH}=1 to see where)", file=sys.stderr)
-            raise SystemExit(2) from error
-        except (KeyboardInterrupt, Terminated, SystemExit) as stopped:
-            # Lightning turns an interrupt into sys.exit(1), and SIGTERM, where ours was swallowed, into a SystemExit.
-            interrupt = stopped if isinstance(stopped, KeyboardInterrupt) else stopped.__context__
-            if not received and not isinstance(interrupt, KeyboardInterrupt):
-                raise
-            name, status = ("SIGTERM", 143) if received else ("an interrupt", 130)
-            _say_stopped(name, getattr(stopped, "__notes__", []))
-            raise SystemExit(status) from stopped
+        except BaseException as error:
+            # Lightning makes sys.exit(1) of an interrupt, and what runs C code may make anything of either signal.
+            if received:
+                _end_stopped("SIGTERM", 143, error)
+            if _is_interrupt(error):
+                _end_stopped("an interrupt", 130, error)
+            _end_wrong(error)
+            raise
         if received:  # it was swallowed where Python can only print exceptions, as in a destructor
-            _say_stopped("SIGTERM", ["too late: the run is complete"])
+            print("sgpt: stopped by SIGTERM: too late, the run is complete", file=sys.stderr)
             raise SystemExit(143)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__context__))
+
+
+def _end_stopped(name: str, status: int, error: BaseException) -> NoReturn:
+    """Say what became of the run, which is the note on the exception, and exit."""
+    notes = getattr(error, "__notes__", [])
+    print(f"sgpt: stopped by {name}: {notes[-1] if notes else 'no model was changed'}", file=sys.stderr)
+    raise SystemExit(status) from error
+
+
+def _end_wrong(error: BaseException) -> None:
+    """Exit with a message if the error is of the user's making."""
+    if isinstance(error, BrokenPipeError):  # as in `sgpt inspect ... | head`: the reader has all that it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        raise SystemExit(128 + signal.SIGPIPE) from error
+    if isinstance(error, ValueError | OSError | ImportError) and not os.environ.get(TRACEBACK_SWITCH):
+        print(f"sgpt: error: {error}\n(set {TRACEBACK_SWITCH}=1 to see where)", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -92,10 +106,6 @@ def _dispatch(arguments: Sequence[str]) -> None:
     from sgpt_lightning.trainer_cli import run
 
     return run()
-
-
-def _say_stopped(name: str, notes: Sequence[str]) -> None:
-    print(f"sgpt: stopped by {name}: {notes[-1] if notes else 'nothing was changed'}", file=sys.stderr)
 
 
 @contextmanager
