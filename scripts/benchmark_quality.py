@@ -206,7 +206,7 @@ def _round_all(model: nn.Module, bits: int) -> dict[str, SolvedLinear]:
             widths=widths,
             grid=grid,
             n_m=None,
-            relative_error=float("nan"),
+            relative_error=None,
             importance_range=(0.0, 0.0),
             damp_percent=0.0,
             status="ok",

@@ -368,4 +368,5 @@ def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 def mean_error(solved: Iterable[SolvedLinear]) -> float:
     """Mean relative error of some solved linears."""
-    return statistics.fmean(linear.report.relative_error for linear in solved)
+    errors = [linear.report.relative_error for linear in solved]
+    return statistics.fmean(error for error in errors if error is not None)

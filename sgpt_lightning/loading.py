@@ -115,7 +115,7 @@ def _read(path: Path) -> _Stored:
     for name in manifest.weight_files:
         try:
             tensors |= load_file(path / name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: it shrank while it was mapped
             raise CheckpointError(f"{path / name} cannot be read: {error}") from error
     generation_config = None
     if GENERATION_CONFIG in manifest.files:

@@ -32,8 +32,8 @@ class LinearReport:
     """Channels per bit width (output channels for the allocation `rows`, else input); empty if not quantized."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""
-    relative_error: float
-    """Squared output error as a fraction of the squared output."""
+    relative_error: float | None
+    """Squared output error as a fraction of the squared output; None where no inputs were seen to measure it on."""
     damp_percent: float
     """Damping used, a fraction of the mean Hessian diagonal."""
     status: str
@@ -100,7 +100,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean_bits": (f"None or in [0, {MAX_BITS}]", lambda value: value is None or _is_number(value, 0, MAX_BITS)),
     "bits_histogram": (f"channels per width from 1 to {MAX_BITS}", _is_histogram),
     "importance_range": ("two finite numbers, ascending", _is_range),
-    "relative_error": ("a finite number", _is_number),
+    "relative_error": ("None or a finite number", lambda value: value is None or _is_number(value)),
     "damp_percent": ("a finite number from 0", lambda value: _is_number(value, 0)),
     "status": (f"one of {', '.join(get_args(DampStatus))}", lambda value: value in get_args(DampStatus)),
     "bytes": ("a whole number from 1", lambda value: _is_whole(value, 1)),
@@ -279,7 +279,7 @@ def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, 
     if widths:
         columns["/".join(map(str, widths)) + " bit"] = _channel_counts(linears, list(widths))
     columns |= {
-        "error": lambda linear: f"{linear.relative_error:.4f}",
+        "error": lambda linear: "" if linear.relative_error is None else f"{linear.relative_error:.4f}",
         "damping": lambda linear: f"{linear.damp_percent:g}" + ("" if linear.status == "ok" else f" ({linear.status})"),
         "widths": lambda linear: linear.allocation or "",
     }

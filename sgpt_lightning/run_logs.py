@@ -23,10 +23,11 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], b
             report = linear.report
             figures = {
                 "sparsity": report.sparsity,
-                "relative_error": report.relative_error,
                 "bytes": float(report.bytes),
                 "bits_per_weight": report.bits_per_weight,
             }
+            if report.relative_error is not None:
+                figures["relative_error"] = report.relative_error
             if report.mean_bits is not None:
                 figures["mean_bits"] = report.mean_bits
             logger.log_metrics({f"{key}/{name}": value for key, value in figures.items()}, step=blocks)

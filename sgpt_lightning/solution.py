@@ -27,7 +27,7 @@ class CompressedLinear:
     """Spans and origins of the rows. None if not quantized."""
     n_m: tuple[int, int] | None
     """(N, M) if every M consecutive inputs hold N zeros."""
-    relative_error: float
+    relative_error: float | None
     """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""

@@ -159,7 +159,7 @@ def compress_linear(
         widths=None if solved is None else solved.widths,
         grid=None if solved is None else solved.grid,
         n_m=recipe.n_m,
-        relative_error=float("nan"),
+        relative_error=None,
         importance_range=(float(importance.min()), float(importance.max())),
         damp_percent=columns.factor.damp_percent,
         status=objective.factor.status if columns.factor.status == "ok" else columns.factor.status,

@@ -121,3 +121,16 @@ def test_after_a_fit_neither_hidden_states_nor_hessians_are_held(calibration, tm
     assert alive(BATCH, TIME, HIDDEN) == 0
     assert alive(FFN, FFN) == 0
     del held
+
+
+@pytest.mark.parametrize("calibration", ["sequential", "one-shot"])
+def test_after_a_failed_fit_neither_hidden_states_nor_hessians_are_held(calibration, tmp_path):
+    network = make_model("opt", hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=FFN)
+    network.model.decoder.layers[1].final_layer_norm.weight[0] = float("nan")
+    callback, module = SparseGPTCallback(PRUNE, calibration), CausalLMModule.from_model(network)
+    fit = make_trainer(tmp_path, callback)
+    with pytest.raises(ValueError, match="received NaN"):
+        fit.fit(module, make_loader(12, TIME, BATCH), make_loader(8, TIME, 4, seed=1))
+    assert alive(BATCH, TIME, HIDDEN) == 0
+    assert alive(FFN, FFN) == 0
+    assert not any(part.training for part in network.modules())

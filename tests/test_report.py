@@ -214,7 +214,7 @@ ODD = {
         {"4": True},
     ],
     "importance_range": [None, 1.0, [], [1.0], [0, 1, 2], [0.0, math.nan], [-math.inf, 1.0], [2.0, 1.0], ["0", "1"]],
-    "relative_error": [math.nan, math.inf, -math.inf, None, "0.1", True, 10**400],
+    "relative_error": [math.nan, math.inf, -math.inf, "0.1", True, 10**400],
     "damp_percent": [math.nan, math.inf, -0.01, None, "1", 10**400],
     "status": ["fine", "", None, 0, ["ok"]],
     "bytes": [0, -1, 3.0, math.nan, None, False, 10**400],
