@@ -29,18 +29,21 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from sgpt_lightning import solver
-from sgpt_lightning.blocks import find_decoder_blocks, model_inputs, set_weight_matrix, weight_matrix
-from sgpt_lightning.calibration import compress
-from sgpt_lightning.checkpoint import save_compressed
-from sgpt_lightning.grids import fit_affine_grid, quantize_matrix
-from sgpt_lightning.metrics import Perplexity
-from sgpt_lightning.models import load_tokenizer, resolve_model
-from sgpt_lightning.packed import pack_weight, unpack_weight
+from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.checkpoint.save import save_compressed
+from sgpt_lightning.core import solver
+from sgpt_lightning.core.grids import fit_affine_grid, quantize_matrix
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.format.packing import pack_weight, unpack_weight
+from sgpt_lightning.format.records import SolvedLinear, describe_linear
+from sgpt_lightning.models.blocks import find_decoder_blocks
+from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
+from sgpt_lightning.models.names import load_tokenizer, resolve_model
+from sgpt_lightning.models.replay import model_inputs
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report import SolvedLinear, describe_linear, format_table
-from sgpt_lightning.solution import CompressedLinear
-from sgpt_lightning.text import calibration_windows, evaluation_windows
+from sgpt_lightning.report.tables import format_table
+from sgpt_lightning.text.windows import calibration_windows, evaluation_windows
 
 Batches = Sequence[Mapping[str, Tensor]]
 Method = Callable[[nn.Module, Batches], dict[str, SolvedLinear]]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgpt_lightning.blocks import find_decoder_blocks, model_inputs, weight_matrix
-from sgpt_lightning.collector import InputCollector
-from sgpt_lightning.models import load_tokenizer, resolve_model
+from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.models.blocks import find_decoder_blocks
+from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.names import load_tokenizer, resolve_model
+from sgpt_lightning.models.replay import model_inputs
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report import format_table
-from sgpt_lightning.solver import compress_linear
-from sgpt_lightning.text import calibration_windows
+from sgpt_lightning.report.tables import format_table
+from sgpt_lightning.text.windows import calibration_windows
 
 SPARSITY, BITS, BATCH, DAMP = 0.5, 4, 128, 0.01
 

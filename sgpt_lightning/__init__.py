@@ -8,36 +8,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgpt_lightning.calibration import compress as compress
-    from sgpt_lightning.callback import SparseGPTCallback as SparseGPTCallback
-    from sgpt_lightning.checkpoint import CheckpointError as CheckpointError
-    from sgpt_lightning.checkpoint import load_compressed as load_compressed
-    from sgpt_lightning.checkpoint import save_compressed as save_compressed
-    from sgpt_lightning.data import TextDataModule as TextDataModule
-    from sgpt_lightning.metrics import Perplexity as Perplexity
-    from sgpt_lightning.module import CausalLMModule as CausalLMModule
+    from sgpt_lightning.calibration.compress import compress as compress
+    from sgpt_lightning.checkpoint.load import load_compressed as load_compressed
+    from sgpt_lightning.checkpoint.save import save_compressed as save_compressed
+    from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
+    from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.recipe import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import LayerRule as LayerRule
     from sgpt_lightning.recipe import Recipe as Recipe
-    from sgpt_lightning.report import QuantizationStats as QuantizationStats
+    from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
     from sgpt_lightning.sparsegpt import Quantizer as Quantizer
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
+    from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
+    from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
+    from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
 _HOME = {
-    "CausalLMModule": "module",
-    "CheckpointError": "checkpoint",
+    "CausalLMModule": "trainer.module",
+    "CheckpointError": "format.directory",
     "ImportanceWeights": "recipe",
     "LayerRule": "recipe",
-    "Perplexity": "metrics",
-    "QuantizationStats": "report",
+    "Perplexity": "evaluation.perplexity",
+    "QuantizationStats": "report.stats",
     "Quantizer": "sparsegpt",
     "Recipe": "recipe",
     "SparseGPT": "sparsegpt",
-    "SparseGPTCallback": "callback",
-    "TextDataModule": "data",
-    "compress": "calibration",
-    "load_compressed": "checkpoint",
-    "save_compressed": "checkpoint",
+    "SparseGPTCallback": "trainer.callback",
+    "TextDataModule": "trainer.data",
+    "compress": "calibration.compress",
+    "load_compressed": "checkpoint.load",
+    "save_compressed": "checkpoint.save",
 }
 __all__ = list(_HOME)
 

@@ -1,6 +1,6 @@
 """The command `sgpt`: which command was meant, what stops it, and what the user is told.
 
-Light on purpose: `fit` and `validate` take seconds to import (see `trainer_cli.py`), and a question about the version,
+Light on purpose: `fit` and `validate` take seconds to import (see `trainer/cli.py`), and a question about the version,
 a typo or `sgpt inspect` should not wait for them. Every error of the user's making is one message and exit status 2; an
 interrupt ends with 130 and SIGTERM with 143, and both say what became of the run.
 """
@@ -40,8 +40,8 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
     parser.add_argument("--json", action="store_true", help="print the content of report.json instead of tables")
     options = parser.parse_args(list(arguments))
-    from sgpt_lightning.checkpoint import check_compressed
-    from sgpt_lightning.run_report import inspection, report_dict
+    from sgpt_lightning.checkpoint.load import check_compressed
+    from sgpt_lightning.report.run import inspection, report_dict
 
     manifest = check_compressed(options.directory)
     print(json.dumps(report_dict(manifest), indent=1) if options.json else inspection(options.directory, manifest))
@@ -103,7 +103,7 @@ def _end_wrong(error: BaseException) -> None:
 def _dispatch(arguments: Sequence[str]) -> None:
     if arguments[0] == "inspect":
         return inspect(arguments[1:])
-    from sgpt_lightning.trainer_cli import run
+    from sgpt_lightning.trainer.cli import run
 
     return run()
 

@@ -10,7 +10,7 @@ an ablation is a config:
 - `sparsegpt`: the published SparseGPT (arXiv 2301.00774), with per-row min-max grids where it quantizes;
 - `gptq`: the same loop without pruning, which is GPTQ (arXiv 2210.17323).
 
-Left out on purpose: how calibration is run (see `callback.py`) and where results go (see `checkpoint.py`).
+Left out on purpose: how calibration is run (see `trainer/callback.py`) and where results go (see `checkpoint/save.py`).
 """
 
 import math

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgpt_lightning.blocks import is_conv1d, set_weight_matrix, weight_matrix
-from sgpt_lightning.packed import pack_weight
+from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.format.packing import pack_weight
+from sgpt_lightning.format.records import LinearReport, describe_linear
+from sgpt_lightning.models.linears import is_conv1d, set_weight_matrix, weight_matrix
 from sgpt_lightning.recipe import Allocation, Recipe
-from sgpt_lightning.report import LinearReport, QuantizationStats, describe_linear
-from sgpt_lightning.solution import CompressedLinear
-from sgpt_lightning.solver import compress_linear
-from sgpt_lightning.statistics import InputStatistics
+from sgpt_lightning.report.stats import QuantizationStats
 
 DEFAULT_TARGET_AVG_BITS = 4.0
 

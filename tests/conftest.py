@@ -8,11 +8,12 @@ import torch
 from readme_runs import Run, cut_down, run_readme
 from torch import Tensor
 
-from sgpt_lightning.models import load_dense, load_tokenizer
+from sgpt_lightning.checkpoint.any_model import load_dense
+from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.recipe import PRESETS, Recipe
-from sgpt_lightning.solution import CompressedLinear
-from sgpt_lightning.solver import compress_linear
-from sgpt_lightning.statistics import InputStatistics
 
 
 def _collect(inputs: Tensor) -> InputStatistics:

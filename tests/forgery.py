@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from models_for_tests import make_batches, make_model
 
-from sgpt_lightning.calibration import compress
-from sgpt_lightning.checkpoint import save_compressed
+from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.recipe import Recipe
 
 WEIGHTS, CONFIG, MANIFEST = "sgpt.safetensors", "config.json", "sgpt_manifest.json"

@@ -1,8 +1,8 @@
-"""A second reader of the file format, version 3: numpy and safetensors, written from the description in `packed.py`.
+"""A second reader of the file format, version 3, in numpy: written from the description in `format/packing.py`.
 
-Files and checksums are those of the descriptions in `checkpoint.py` and `manifest.py`, bits within bytes those of
-`bitpack.py`'s drawing.
-Nothing of the package is imported, so that a reader and a writer who are wrong in the same way are found out.
+Files and checksums are those of the descriptions in `checkpoint/save.py` and `format/manifest.py`, bits within bytes
+those of `format/bits.py`'s drawing. Nothing of the package is imported, so that a reader and a writer who are wrong in
+the same way are found out.
 """
 
 import hashlib

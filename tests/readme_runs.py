@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from sgpt_lightning import models
 from sgpt_lightning.cli import main
+from sgpt_lightning.models import names as models
 from sgpt_lightning.recipe import PRESETS
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from models_for_tests import make_model, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sgpt_lightning.models import load_tokenizer
+from sgpt_lightning.models.names import load_tokenizer
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 

@@ -9,39 +9,45 @@ import pytest
 import sgpt_lightning
 
 PACKAGE = Path(sgpt_lightning.__file__).parent
-MODULES = sorted({path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"models"})
-SHELL = (
-    "callback",
-    "cli",
-    "data",
-    "models",
-    "module",
-    "progress",
-    "run_logs",
-    "sources",
-    "text",
-    "trainer_cli",
-    "trainer_setup",
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
 )
-STORES = (
-    "calibration", "checkpoint", "checks", "directory", "loading", "manifest", "metrics", "report", "run_report",
-    "sparsegpt", "suggest", "__main__",
+ROOMS = (
+    "guards", "suggest", "recipe", "core", "format", "models", "checkpoint", "text", "evaluation", "calibration",
+    "report", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
-"""Modules that are neither the shell nor the core; every other one is core, a new one too."""
-CORE = [module for module in MODULES if module not in SHELL + STORES]
-LIGHT = ("sgpt_lightning.suggest",)
-"""All that the command line may import before it knows what is asked for."""
+"""A room may use those before it, never those behind it."""
+FORBIDDEN = (
+    ("core", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "safetensors"}),
+    ("format", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "sgpt_lightning.core.solver"}),
+    ("models", {"lightning", "safetensors"}),
+    ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
+    ("calibration", {"lightning", "transformers", "safetensors"}),
+    ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
+    ("sparsegpt", {"lightning", "transformers"}),
+)
+"""What a room must not import, besides what `ROOMS` says."""
 
 
 def imported(module: str) -> set[str]:
-    path = PACKAGE / f"{module}.py"
-    tree = ast.parse((path if path.exists() else PACKAGE / module / "__init__.py").read_text())
+    """Return the full names of all modules that a module imports, wherever it does."""
+    tree = ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def own_imports(module: str) -> set[str]:
-    return {name.split(".")[1] for name in imported(module) if name.startswith("sgpt_lightning.")}
+    return {name.removeprefix("sgpt_lightning.") for name in imported(module)} & set(MODULES)
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
 def test_no_module_imports_itself_round_a_circle():
@@ -52,29 +58,43 @@ def test_nothing_imports_the_package_root_from_inside():
     assert [module for module in MODULES if "sgpt_lightning" in imported(module)] == []
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_imports_no_shell(module):
-    assert own_imports(module).isdisjoint(SHELL)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_uses_the_rooms_before_it_only(module):
+    behind = ROOMS[ROOMS.index(room(module)) + 1 :]
+    assert [name for name in own_imports(module) if room(name) in behind] == []
+
+
+@pytest.mark.parametrize(("name", "forbidden"), FORBIDDEN, ids=[name for name, _ in FORBIDDEN])
+def test_a_room_knows_only_what_is_its_own(name, forbidden):
+    modules = [module for module in MODULES if room(module) == name]
+    found = {
+        (module, full) for module in modules for full in imported(module) for wrong in forbidden
+        if full == wrong or full.startswith(f"{wrong}.")
+    }  # fmt: skip
+    assert modules
+    assert found == set()
+
+
+def test_only_the_trainer_imports_lightning_and_only_its_command_line_jsonargparse():
+    def importers(*names):
+        return {
+            module for module in MODULES for full in imported(module) for name in names
+            if full == name or full.startswith(f"{name}.")
+        }  # fmt: skip
+
+    assert {room(module) for module in importers("lightning")} == {"trainer"}
+    assert importers("jsonargparse", "lightning.pytorch.cli") == {"trainer.cli"}
+
+
+def test_no_module_is_longer_than_a_reader_holds():
+    lengths = {path: path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    assert {str(path): lines for path, lines in lengths.items() if lines > 400} == {}
 
 
 def test_the_command_line_starts_without_torch():
-    tree = ast.parse((PACKAGE / "cli.py").read_text())
-    at_start = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name for name in at_start if name.startswith("sgpt_lightning")} <= set(LIGHT)
     script = "import sgpt_lightning.cli, sys; print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_knows_tensors_only(module):
-    roots = {name.split(".")[0] for name in imported(module)}
-    assert roots.isdisjoint({"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"})
-
-
-def test_only_the_trainers_command_line_imports_jsonargparse():
-    importers = [module for module in MODULES if imported(module) & {"jsonargparse", "lightning.pytorch.cli"}]
-    assert importers == ["trainer_cli"]
 
 
 def test_the_package_and_its_core_import_without_the_shells_packages():

@@ -4,10 +4,10 @@ from models_for_tests import make_model
 from oracles import correlated_inputs, random_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.guards import evaluation_mode, exact_float32, own_random_state
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.solver import compress_linear
-from sgpt_lightning.statistics import InputStatistics
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv"}
 

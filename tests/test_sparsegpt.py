@@ -7,7 +7,7 @@ from oracles import correlated_inputs, damped, output_error, second_moment, spar
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sgpt_lightning.report import QuantizationStats
+from sgpt_lightning.report.stats import QuantizationStats
 from sgpt_lightning.sparsegpt import Quantizer, SparseGPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from models_for_tests import make_model, make_tokens
 from oracles import correlated_inputs
 from torch import Tensor, nn
 
-from sgpt_lightning.report import QuantizationStats
+from sgpt_lightning.report.stats import QuantizationStats
 from sgpt_lightning.sparsegpt import Quantizer, SparseGPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")

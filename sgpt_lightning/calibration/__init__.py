@@ -1,0 +1,1 @@
+"""Runs a model to gather statistics and solves its linears; knows nothing of Lightning."""

@@ -1,0 +1,74 @@
+"""What is refused before a calibration begins: models, recipes and batches that do not fit each other."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sgpt_lightning.core.budget import least_bits
+from sgpt_lightning.core.solver import check_pattern
+from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
+from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.recipe import Recipe
+
+
+def check_batch(model: nn.Module, batch: Mapping[str, Tensor], index: int) -> None:
+    """Refuse a calibration batch that the model cannot run; `index` is for the message.
+
+    Raises:
+        TypeError: it is no mapping with `input_ids`.
+        ValueError: `input_ids` is not `[batch, time]`, or longer than the model has positions.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise TypeError(f"calibration batch {index} must be a mapping with `input_ids`, got {type(batch).__name__}")
+    shape = tuple(batch["input_ids"].shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"input_ids of calibration batch {index} must be [batch, time], got shape {list(shape)}")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and shape[1] > positions:
+        raise ValueError(
+            f"calibration batch {index} has windows of {shape[1]} tokens, the model has {positions} positions"
+        )
+
+
+def check_model(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse, with the whole list of offenders, what would fail later.
+
+    Raises:
+        ValueError: no decoder blocks, mixtures of experts, a quantized or compressed model, an ignore pattern or rule
+            that matches nothing, nothing left to compress, or N:M groups that do not fit a linear.
+    """
+    linears = find_decoder_blocks(model).linears()
+    if is_marked_compressed(model):
+        raise ValueError("the model was compressed before, or begun to be; start from a dense one")
+    quantized = getattr(getattr(model, "config", None), "quantization_config", None)
+    odd = [name for name, linear in linears.items() if not weight_matrix(linear).is_floating_point()]
+    if quantized is not None or odd:
+        raise ValueError(f"the model is already quantized ({quantized or ', '.join(odd[:4])}); start from a dense one")
+    offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(list(linears))]
+    plans = []
+    for name, linear in linears.items():
+        try:
+            plans.append(recipe.for_linear(name))
+            if plans[-1] is not None:
+                check_pattern(plans[-1], weight_matrix(linear).shape[1], name)
+        except ValueError as error:
+            offenders.append(f"{name}: {error}")
+    if not any(plans) and not offenders:
+        offenders.append("the recipe leaves every linear alone: set sparsity, pattern or target_avg_bits")
+    if offenders:
+        shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
+        raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
+
+
+def least_bytes(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> int:
+    """Return how many bytes the compressed model's file will have at least, whatever the solve finds."""
+    linears = find_decoder_blocks(model).linears()
+    matrices = {name: weight_matrix(linear).shape for name, linear in linears.items()}
+    storage_bits = 8 * storage_dtype.itemsize
+    bits = sum(
+        least_bits(recipe.for_linear(name), (rows, columns), storage_bits) for name, (rows, columns) in matrices.items()
+    )
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(map(math.prod, matrices.values()))
+    return int(bits) // 8 + rest * storage_dtype.itemsize

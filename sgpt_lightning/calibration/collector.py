@@ -1,0 +1,192 @@
+"""Gathers statistics of what linears receive while a model, or one block of it, runs.
+
+Linears that receive the same tensor (q, k and v) share one `InputStatistics`. They are found by identity of the tensor
+and not by name, and the order in which such groups run is the order in which true-sequential calibration solves them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgpt_lightning.core.moments import InputStatistics
+
+
+class _AllSeen(Exception):
+    """Ends a forward once every watched linear has been reached."""
+
+
+@contextmanager
+def watched_inputs(linears: Mapping[str, nn.Module], *, end_early: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Yield a dict that fills with what each linear receives, by name, in the order in which they run.
+
+    With `end_early` the body ends, without an error, when all have been reached: the last of them is not computed.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+            if end_early and len(seen) == len(linears):
+                raise _AllSeen
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        yield seen
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_groups(inputs: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """Group linears by the tensor that they receive, in the order in which they run.
+
+    Args:
+        inputs: what `watched_inputs` yielded.
+        linears: all linears, by name; those that did not run come in a group of their own, last.
+    """
+    groups: dict[int, dict[str, nn.Module]] = {}
+    for name, tensor in inputs.items():
+        groups.setdefault(id(tensor), {})[name] = linears[name]
+    idle = {name: linear for name, linear in linears.items() if name not in inputs}
+    return [*groups.values(), *([idle] if idle else [])]
+
+
+class ResidualStream:
+    """The residual stream while a block runs: what entered the block, and what its writers have added so far.
+
+    Args:
+        entered: hidden state at the block's entrance, `[batch, time, hidden]`.
+    """
+
+    def __init__(self, entered: Tensor) -> None:
+        self._value = entered
+        self.before: dict[str, Tensor] = {}
+        """The stream when a writer starts, by its name."""
+
+    @contextmanager
+    def following(self, writers: Mapping[str, nn.Module]) -> Iterator["ResidualStream"]:
+        """Follow the stream while the body runs the block; `writers` are its linears that write into it."""
+
+        def start(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                self.before[name] = self._value
+
+            return hook
+
+        def wrote(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._value = self._value + output.detach().view_as(self._value)
+
+        handles = [linear.register_forward_pre_hook(start(name)) for name, linear in writers.items()]
+        handles += [linear.register_forward_hook(wrote) for linear in writers.values()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """What the uncompressed model did with a batch, to compare with while the compressed one runs."""
+
+    inputs: Mapping[str, Tensor]
+    """What each linear received, by name."""
+    dense_stream: ResidualStream | None = None
+    stream: ResidualStream | None = None
+    """The same stream in the model that is being compressed."""
+
+    def input_of(self, name: str) -> Tensor | None:
+        """Return what the linear received in the uncompressed model."""
+        return self.inputs.get(name)
+
+    def gap_at(self, name: str) -> Tensor | None:
+        """Return how far the stream is behind where the linear writes into it; None if it does not."""
+        if self.stream is None or self.dense_stream is None or name not in self.stream.before:
+            return None
+        return self.dense_stream.before[name] - self.stream.before[name]
+
+
+class InputCollector:
+    """Statistics of the inputs of some linears.
+
+    Args:
+        linears: the linears to watch, by full name.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self.linears = linears
+        self._leader: dict[str, str] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+
+    def statistics(self, name: str) -> InputStatistics:
+        """Return what the linear called `name` has seen; raises ValueError if it was never run."""
+        if name not in self._leader:
+            raise ValueError(f"{name} saw no token during calibration")
+        return self._statistics[self._leader[name]]
+
+    @contextmanager
+    def collecting(
+        self,
+        batch_index: int,
+        token_mask: Tensor | None = None,
+        reference: "DenseReference | None" = None,
+    ) -> Iterator[None]:
+        """Watch the linears while the body runs.
+
+        Args:
+            batch_index: for error messages.
+            token_mask: bool `[batch, time]`, False for tokens that count nowhere (padding).
+            reference: the uncompressed model beside, if it is run.
+        """
+        seen: list[tuple[Tensor, str]] = []  # holds the inputs, so that no address is used twice in one pass
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs = args[0]
+                if name not in self._leader:
+                    self._leader[name] = next((leader for tensor, leader in seen if tensor is inputs), name)
+                    seen.append((inputs, name))
+                if self._leader[name] == name:
+                    self._add(name, inputs.detach(), batch_index, token_mask, reference or DenseReference({}))
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in self.linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(
+        self, name: str, inputs: Tensor, batch_index: int, token_mask: Tensor | None, reference: "DenseReference"
+    ) -> None:
+        check_finite(name, inputs, batch_index)
+        tokens = _real_tokens(inputs, token_mask)
+        if name not in self._statistics:
+            self._statistics[name] = InputStatistics(tokens.shape[-1], tokens.device)
+        dense, gap = reference.input_of(name), reference.gap_at(name)
+        self._statistics[name].add(
+            tokens,
+            None if dense is None else _real_tokens(dense, token_mask),
+            None if gap is None else _real_tokens(gap, token_mask),
+        )
+
+
+def check_finite(name: str, inputs: Tensor, batch_index: int) -> None:
+    """Raise ValueError, naming linear and batch, if an input holds NaN or inf."""
+    if not bool(torch.isfinite(inputs).all()):
+        raise ValueError(f"{name} received NaN or inf in calibration batch {batch_index}")
+
+
+def _real_tokens(inputs: Tensor, token_mask: Tensor | None) -> Tensor:
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    return tokens if token_mask is None else tokens[token_mask.reshape(-1)]

@@ -1,0 +1,90 @@
+"""What an error at a linear's output costs the model's loss, from one backward pass of the dense model.
+
+To second order, and with the Fisher matrix in place of the Hessian of the loss, an output error e of row i costs
+E[g_i^2] E[e_i^2] / 2 a token, where g_i is the gradient of the summed next-token cross-entropy at that output (rows
+taken as independent; compare the empirical Fisher of WoodFisher, arXiv 2004.14340, section 3). The squared gradients
+differ by orders of magnitude between rows and between linears, so they tell where zeros and bits are cheap.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sgpt_lightning.calibration.collector import check_finite
+from sgpt_lightning.models.replay import model_inputs
+
+
+class OutputGradients:
+    """Running mean of squared gradients at the outputs of linears.
+
+    Args:
+        model: a causal language model in eval mode, with `get_input_embeddings`; its parameters get no gradients.
+        linears: the linears to watch, by name.
+    """
+
+    def __init__(self, model: Any, linears: Mapping[str, nn.Module]) -> None:
+        self._model = model
+        self._linears = linears
+        self._sums: dict[str, Tensor] = {}
+        self.tokens = 0
+
+    def observe(self, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Run the model forwards and backwards.
+
+        Args:
+            batch_index: for error messages.
+            batch: `input_ids` int64 `[batch, time]` and optionally `attention_mask`; padding counts nowhere.
+
+        Raises:
+            ValueError: a linear received NaN or inf.
+        """
+        entered: list[Tensor] = []
+
+        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            entered.append(output.detach().requires_grad_())
+            return entered[-1]
+
+        handles = [self._model.get_input_embeddings().register_forward_hook(enter)]
+        handles += [
+            linear.register_forward_hook(self._watch(name, batch_index)) for name, linear in self._linears.items()
+        ]
+        try:
+            with torch.enable_grad():
+                logits = self._model(**model_inputs(batch)).logits[:, :-1].float()
+                labels = batch["input_ids"][:, 1:]
+                mask = batch.get("attention_mask")
+                if mask is not None:
+                    labels = labels.masked_fill(mask[:, 1:] == 0, -100)
+                loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                torch.autograd.grad(loss, entered)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def row_weights(self, name: str) -> Tensor:
+        """Return E[g_i^2] per output channel of a linear, float32 `[out_features]`.
+
+        Raises:
+            ValueError: no gradient reached the linear, or it is not finite.
+        """
+        if name not in self._sums:
+            raise ValueError(f"{name} saw no token during calibration")
+        weights = self._sums[name] / max(self.tokens, 1)
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError(f"the gradient of the loss at {name} holds NaN or inf; switch the part `gradients` off")
+        return weights
+
+    def _watch(self, name: str, batch_index: int) -> Any:
+        def backward(gradient: Tensor) -> None:
+            squares = gradient.detach().float().square().flatten(0, -2).sum(0)
+            self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
+
+        def forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            check_finite(name, args[0], batch_index)
+            output.register_hook(backward)
+
+        return forward

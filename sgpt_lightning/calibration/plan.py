@@ -1,0 +1,114 @@
+"""One budget for the whole model: which linear is pruned how much, and how many bits it gets.
+
+For each linear and each sparsity on offer (none and the recipe's among them) one cheap solve on the dense model's
+inputs measures, row by row, what pruning costs and what rounding to one width adds, in units of the model's loss
+(`gradients.py`). Rounding errors fall by four with every bit, so that solve stands for all widths: dealing bits to the
+rows in order of gain gives the linear's whole curve of loss over bits. A choice of one point on one curve for each
+linear, within the budget and with the least sum, is a multiple-choice knapsack; it is solved exactly by dynamic
+programming over budget units (`allocation.py`).
+
+Every point is priced in true bits: codes, mask, ranges, offsets and the width of each row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sgpt_lightning.core.allocation import choose_points, greedy_curve
+from sgpt_lightning.core.budget import count_survivors, fixed_bits
+from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.solver import try_width
+from sgpt_lightning.recipe import Recipe
+
+SPARSITIES = (0.0, 0.2, 0.35, 0.5, 0.65)
+POINTS_PER_BIT = 8
+TRIAL_BITS = 3
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """What is known of one linear before the plan."""
+
+    weight: Tensor
+    """`[out_features, in_features]`."""
+    statistics: InputStatistics
+    """Of the dense model's inputs."""
+    recipe: Recipe
+    """What layer scope would do; its cost sets the budget where only `target_avg_bits` is given."""
+    row_weights: Tensor
+    """E[g_i^2], `[out_features]`."""
+
+
+class _Point(NamedTuple):
+    bits: float
+    loss: float
+    recipe: Recipe
+
+
+def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
+    """Choose sparsity and mean bits for every linear.
+
+    Args:
+        jobs: the linears, by name.
+
+    Returns:
+        A recipe per linear with `scope="layer"`.
+
+    Raises:
+        ValueError: the budget is below what the cheapest choice for every linear takes.
+    """
+    budget = sum(_budget(job) for job in jobs.values())
+    points = {name: _points(name, job) for name, job in jobs.items()}
+    least = sum(min(point.bits for point in offers) for offers in points.values())
+    weights = sum(job.weight.numel() for job in jobs.values())
+    if least > budget:
+        raise ValueError(
+            f"target_bits_per_weight must be at least {least / weights:.3f} for this model and these widths, "
+            f"got {budget / weights:.3f}"
+        )
+    chosen = choose_points(
+        [np.array([point.bits for point in offers]) for offers in points.values()],
+        [np.array([point.loss for point in offers]) for offers in points.values()],
+        budget,
+    )
+    return {name: points[name][index].recipe for name, index in zip(jobs, chosen, strict=True)}
+
+
+def _budget(job: LinearJob) -> float:
+    """Return the bits that the recipe allows for one linear."""
+    recipe, weights = job.recipe, job.weight.numel()
+    if recipe.target_bits_per_weight is not None:
+        return recipe.target_bits_per_weight * weights
+    assert recipe.target_avg_bits is not None
+    return _price(job, recipe, recipe.target_avg_bits, (1,))
+
+
+def _price(job: LinearJob, recipe: Recipe, mean_bits: float, widths: Sequence[int]) -> float:
+    """Return the true bits of a linear at a mean of so many code bits a survivor; `widths` are those in use."""
+    shape = (job.weight.shape[0], job.weight.shape[1])
+    return fixed_bits(recipe, shape, "output", widths) + mean_bits * count_survivors(recipe, shape)
+
+
+def _points(name: str, job: LinearJob) -> list[_Point]:
+    """Return what can be done to a linear, with its price and its loss."""
+    recipe = replace(job.recipe, scope="layer", target_bits_per_weight=None, allocation="rows")
+    masks = [replace(recipe, sparsity=sparsity, pattern=None) for sparsity in sorted({*SPARSITIES, recipe.zeros})]
+    if recipe.pattern is not None:
+        masks = [recipe, replace(recipe, sparsity=0.0, pattern=None)]
+    elif not recipe.prunes:
+        masks = [recipe]
+    trial_bits = min(recipe.widths, key=lambda bits: abs(bits - TRIAL_BITS))
+    points = []
+    for masked in masks:
+        trial = try_width(job.weight, job.statistics, masked, job.row_weights, trial_bits, name)
+        errors = trial.rounding.clamp_min(0).cpu().numpy() * 4.0**trial_bits
+        curve = greedy_curve(errors, trial.survivors.cpu().numpy(), recipe.widths)
+        low, high = recipe.widths[0], recipe.widths[-1]
+        for mean in np.linspace(low, high, (high - low) * POINTS_PER_BIT + 1).tolist():
+            loss = float(trial.pruning.sum()) + curve(mean)
+            bits = _price(job, masked, mean, recipe.widths)
+            points.append(_Point(bits, loss, replace(masked, target_avg_bits=mean)))
+    return points

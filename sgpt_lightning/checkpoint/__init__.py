@@ -1,0 +1,1 @@
+"""A compressed model on disk: save and load it, or any other model."""

@@ -1,0 +1,45 @@
+"""One loader for every model: embedded, local or from the hub, dense or compressed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.format.directory import is_compressed_dir
+from sgpt_lightning.guards import own_random_state
+from sgpt_lightning.models.names import find_model, resolve_model
+
+
+def load_dense(name: str, **options: Any) -> nn.Module:
+    """Load the weights of a dense model, frozen and in eval mode.
+
+    Args:
+        name: as in `find_model`.
+        options: for `from_pretrained` of transformers.
+
+    Raises:
+        ValueError: a file of weights is truncated or damaged; what `find_model` raises as well.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    directory = find_model(name)
+    try:
+        with own_random_state():  # transformers may initialize before it loads
+            model = AutoModelForCausalLM.from_pretrained(str(directory or name), **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of model path {name!r} cannot be read, a file is truncated or damaged: {error}; "
+            "copy or download it again"
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
+def load_network(path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> nn.Module:
+    """Load a dense or compressed model, frozen and in eval mode; arguments as for `CausalLMModule`."""
+    directory = Path(resolve_model(path)).expanduser()
+    if is_compressed_dir(directory):
+        return load_compressed(directory, dtype=dtype, attn_implementation=attn_implementation).requires_grad_(False)
+    return load_dense(path, dtype=dtype or torch.float32, attn_implementation=attn_implementation)

@@ -1,0 +1,203 @@
+"""A compressed model on disk: written beside, checked, renamed; read back to the same logits.
+
+A directory holds `config.json` (with a `quantization_config` that names this format and its version),
+`sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
+`generation_config.json`, and the tokenizer's files. Per linear the tensors are those of `format/packing.py`, under the
+linear's own name; everything else is stored as it is, in the storage dtype where that loses nothing. Small tables that
+a model computes for itself (rotary angles) are stored too, under the names of their buffers. Tensors that the model
+ties are stored once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied
+tensors, sizes and SHA-256 of all other files, and of itself, see `format/manifest.py`), and what a person wants to know
+(recipe, report per linear, ledger, perplexities with their protocols).
+
+transformers does not know the format: it would make up the linears at random. So there is no `model.safetensors`,
+and `transformers_weights` in `config.json`, where it looks for the name of the weights, says what to do instead.
+
+Reading is `load.py`'s, replacing a directory `format/directory.py`'s.
+
+Left out: registration with transformers, so that `from_pretrained` reads the directory by itself.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sgpt_lightning.checkpoint.load import stored_tables
+from sgpt_lightning.format.directory import (
+    FORMAT,
+    MARKER,
+    check_target,
+    replacing,
+)
+from sgpt_lightning.format.manifest import (
+    CONFIG,
+    FORMAT_VERSION,
+    GENERATION_CONFIG,
+    WEIGHT_FILE,
+    FileEntry,
+    Ledger,
+    Manifest,
+)
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.blocks import find_decoder_blocks
+from sgpt_lightning.models.linears import weight_matrix
+
+SHARD_INDEX = "sgpt.safetensors.index.json"
+MAX_SHARD_SIZE = "5GB"
+NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory, with sgpt_lightning.load_compressed(directory)"
+"""Where transformers looks for the name of the weights; it stops there and shows this text."""
+
+
+def save_compressed(
+    directory: str | Path,
+    model: nn.Module,
+    solved: Mapping[str, SolvedLinear],
+    *,
+    storage_dtype: torch.dtype,
+    tokenizer: Any = None,
+    run: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a compressed model. A crash at any moment leaves the previous directory, or the new one, whole.
+
+    Args:
+        directory: created, or replaced if it is a compressed model already; `~` is expanded.
+        model: the transformers model that holds the compressed weights.
+        solved: what to store in place of the linears' weights, by full name.
+        storage_dtype: dtype for everything else, used where it loses nothing.
+        tokenizer: a transformers tokenizer whose files go along.
+        run: what else the manifest is to say.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values.
+        FileExistsError: `directory`, or a name beside it that a save needs, holds what this package did not write.
+        OSError: the directory cannot be written; what was there is untouched.
+    """
+    check_target(directory)
+    tensors, aliases = _tensors_to_store(model, solved, storage_dtype)
+    with replacing(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        _write_config(partial, model, tokenizer)
+        _write_weights(partial, tensors)
+        manifest = Manifest(
+            compute_dtype=_dtype_name(next(model.parameters()).dtype),
+            storage_dtype=_dtype_name(storage_dtype),
+            attn_implementation=getattr(model.config, "_attn_implementation", None),
+            aliases=aliases,
+            linears={
+                name: {"spec": linear.packed.spec.to_dict(), "report": linear.report.to_dict()}
+                for name, linear in solved.items()
+            },
+            ledger=_ledger(partial, model, tensors, solved),
+            files={name: FileEntry.of(partial / name) for name in _files(partial)},
+            run=dict(run or {}),
+        )
+        manifest.write(partial)
+        _verify(partial, tensors)
+    return manifest
+
+
+def _write_config(directory: Path, model: Any, tokenizer: Any) -> None:
+    config = json.loads(model.config.to_json_string()) | {
+        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION},
+        "transformers_weights": NO_PLAIN_WEIGHTS,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if getattr(model, "generation_config", None) is not None:
+        # Not save_pretrained, which refuses settings that published models have (a temperature without sampling).
+        (directory / GENERATION_CONFIG).write_text(model.generation_config.to_json_string())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _tensors_to_store(
+    model: nn.Module, solved: Mapping[str, SolvedLinear], storage_dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of the file by name, on the CPU, and the aliases of tied ones."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in solved:
+            tensors |= {f"{owner}.{part}": value for part, value in solved[owner].packed.tensors.items()}
+            continue
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first_name:
+            aliases[name] = first_name[key]
+            continue
+        first_name[key] = name
+        tensors[name] = _smallest_lossless(tensor.detach(), storage_dtype).cpu().contiguous()
+    tensors |= {name: table.detach().cpu().clone() for name, table in stored_tables(model).items()}
+    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if odd:
+        raise ValueError(f"a model with NaN or infinite values is not saved; they are in {', '.join(odd)}")
+    return tensors, aliases
+
+
+def _smallest_lossless(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point() or tensor.element_size() <= storage_dtype.itemsize:
+        return tensor
+    small = tensor.to(storage_dtype)
+    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor
+
+
+def _write_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="sgpt{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+    )
+    try:
+        for filename, names in split.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{filename} was not written ({error})") from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / SHARD_INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _files(directory: Path) -> list[str]:
+    """Names of all files there but the marker, which goes."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MARKER)
+    return [path.relative_to(directory).as_posix() for path in paths]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if WEIGHT_FILE.fullmatch(path.name))
+
+
+def _ledger(
+    directory: Path, model: nn.Module, tensors: dict[str, Tensor], solved: Mapping[str, SolvedLinear]
+) -> Ledger:
+    linears = find_decoder_blocks(model).linears()
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings |= {name for name, module in model.named_modules() if module is head}
+    sizes = {"linears": 0, "embeddings": 0, "other": 0}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        part = "linears" if owner in linears and leaf != "bias" else "embeddings" if owner in embeddings else "other"
+        sizes[part] += tensor.nbytes
+    return Ledger(
+        **sizes,
+        headers=sum(path.stat().st_size for path in _weight_files(directory)) - sum(sizes.values()),
+        linear_weights=sum(weight_matrix(linear).numel() for linear in linears.values()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Read everything back before the directory may take its place."""
+    Manifest.read(directory)
+    read = {name: tensor for path in _weight_files(directory) for name, tensor in load_file(path).items()}
+    wrong = [name for name, tensor in tensors.items() if name not in read or not torch.equal(read[name], tensor)]
+    if wrong or len(read) != len(tensors):
+        raise OSError(f"{directory} did not read back as it was written: {', '.join(wrong[:4]) or 'extra tensors'}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,178 @@
+"""Where the levels of a row should lie: search before the sweep, closed form after it.
+
+Both are about the grids whose origin is a real number (`offset`, `zero-free`): a value is
+q = sign * (origin + span * u) with u = k / T in [0, 1], so that origin and span enter linearly once codes are known.
+
+- `search_grid` minimises sum_j H_jj (q_j - w_j)^2 over the survivors of a row and segment: first over a lattice of
+  shrunken intervals, then by alternating codes and weighted regression (Lloyd's algorithm). Weighting matters: without
+  H_jj the search is worse than minimum and maximum.
+- `refit_grid` takes the codes that a sweep has chosen and solves for origin and span under the whole objective
+  tr((T - Q) H (T - Q)'): two unknowns per row and segment, one segment after the other. A row changes only if its
+  error falls, after rounding to the precision of the file.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.core.grids import Grid, GridKind, WidthAxis, dequantize_matrix, segments_of, stored_dtype, top_step
+
+LOW_SHRINKS = (0.0, 0.04, 0.08, 0.12, 0.18, 0.25)
+HIGH_SHRINKS = (0.0, 0.06, 0.12, 0.18, 0.25, 0.32, 0.4, 0.5)
+REGRESSIONS = 6
+_LEAST_SPAN = 1e-3
+
+
+def search_grid(
+    kind: GridKind,
+    weight: Tensor,
+    importance: Tensor,
+    widths: Tensor,
+    *,
+    axis: WidthAxis = "input",
+    group_size: int | None = None,
+    search: bool = True,
+) -> Grid:
+    """Fit spans and origins to a matrix.
+
+    Args:
+        kind: `offset` or `zero-free`.
+        weight: float32 `[out_features, in_features]`; for `zero-free`, entries that are zero are left out.
+        importance: what a squared error costs per column, `[in_features]`, or per entry.
+        widths: bits per column, uint8 `[in_features]`, or per row, uint8 `[out_features]`.
+        axis: which of the two `widths` are.
+        group_size: columns per segment, or None, see `grids.py`.
+        search: False takes minimum and maximum.
+
+    Returns:
+        A grid whose span and origin are float16 where that holds them.
+    """
+    values = weight.abs() if kind == "zero-free" else weight
+    cost = importance.expand_as(weight)
+    counted = weight != 0 if kind == "zero-free" else torch.ones_like(weight, dtype=torch.bool)
+    tops = torch.tensor([0, *(max(top_step(kind, bits), 1) for bits in range(1, 9))], device=weight.device)
+    top = tops[widths.long()].float()
+    clip = torch.where(widths.long() == 1, 0.0, top) if kind == "zero-free" else top
+    top, clip = (t[:, None].expand_as(weight) if axis == "output" else t.expand_as(weight) for t in (top, clip))
+    segments = segments_of(kind, axis, widths, weight.shape[1], group_size)
+    least = 0.0 if kind == "zero-free" else -math.inf
+    found = [
+        _search_segment(values[:, chosen], (cost * counted)[:, chosen], top[:, chosen], clip[:, chosen], least, search)
+        for chosen in (segments == index for index in range(int(segments.max()) + 1))
+    ]
+    origin, span = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+    dtype = stored_dtype(span, origin)
+    return Grid(kind, span.to(dtype), origin.to(dtype), int(widths.max()), group_size, axis)
+
+
+def _search_segment(
+    values: Tensor, cost: Tensor, top: Tensor, clip: Tensor, least_origin: float, search: bool
+) -> tuple[Tensor, Tensor]:
+    """Return origin and span of each row, `[out_features]` each; entries of no cost do not count."""
+    infinity = torch.finfo(values.dtype).max
+    low = torch.where(cost > 0, values, infinity).amin(1, keepdim=True)
+    high = torch.where(cost > 0, values, -infinity).amax(1, keepdim=True)
+    empty = low > high
+    low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 1)
+    floor = torch.maximum(_LEAST_SPAN * torch.maximum(high.abs(), low.abs()), (high == low) * high.abs())
+    full = (high - low).maximum(floor)
+    full = torch.where(full > 0, full, torch.ones_like(full))
+    origin, span = low, full
+    if not search:
+        return origin[:, 0], span[:, 0]
+
+    def units(origin: Tensor, span: Tensor) -> Tensor:
+        return ((values - origin) * (top / span)).round_().clamp_min_(0).minimum(clip).div_(top)
+
+    def error(origin: Tensor, span: Tensor, unit: Tensor) -> Tensor:
+        return ((origin + span * unit - values).square_().mul_(cost)).sum(1, keepdim=True)
+
+    best = error(origin, span, units(origin, span))
+    for low_shrink, high_shrink in itertools.product(LOW_SHRINKS, HIGH_SHRINKS):
+        trial = low + low_shrink * full, full * (1 - low_shrink - high_shrink)
+        trial_error = error(*trial, units(*trial))
+        better = trial_error < best
+        origin, span = (torch.where(better, new, old) for new, old in zip(trial, (origin, span), strict=True))
+        best = torch.where(better, trial_error, best)
+    for _ in range(REGRESSIONS):
+        unit = units(origin, span)
+        weighted = cost * unit
+        total, first, second = cost.sum(1, keepdim=True), weighted.sum(1, keepdim=True), (weighted * unit).sum(1, True)
+        value, moment = (cost * values).sum(1, keepdim=True), (weighted * values).sum(1, keepdim=True)
+        new_origin, new_span, unique = _regress(total, first, second, value, moment)
+        new_span = torch.where(unique, new_span, span)
+        usable = (new_span > floor) & (new_origin >= least_origin)
+        trial = torch.where(usable, new_origin, origin), torch.where(usable, new_span, span)
+        trial_error = error(*trial, units(*trial))
+        better = trial_error < best
+        origin, span = (torch.where(better, new, old) for new, old in zip(trial, (origin, span), strict=True))
+        best = torch.where(better, trial_error, best)
+    return origin[:, 0], span[:, 0]
+
+
+def _regress(a: Tensor, b: Tensor, c: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve [[a, b], [b, c]] p = [x, y] for each row.
+
+    Returns p, and whether it is unique; where it is not (all codes equal), only the first unknown is solved for and
+    the second is 0.
+    """
+    determinant = a * c - b * b
+    unique = determinant > 1e-6 * a * c
+    one = torch.ones_like(a)
+    safe = torch.where(unique, determinant, one)
+    alone = x / torch.where(a > 0, a, one)
+    return (
+        torch.where(unique, (c * x - b * y) / safe, alone),
+        torch.where(unique, (a * y - b * x) / safe, torch.zeros_like(a)),
+        unique,
+    )
+
+
+def refit_grid(grid: Grid, codes: Tensor, widths: Tensor, keep: Tensor | None, target: Tensor, hessian: Tensor) -> Grid:
+    """Solve for origin and span given the codes.
+
+    Args:
+        grid: an `offset` or `zero-free` grid.
+        codes: uint8 `[out_features, in_features]`.
+        widths: bits per column or row, as `grid.axis` says, uint8.
+        keep: True where a weight survives, or None for all, bool `[out_features, in_features]`.
+        target: T, float32 `[out_features, in_features]`.
+        hessian: H, damped, float32 `[in_features, in_features]`.
+
+    Returns:
+        A grid under which no row's error tr((T - Q) H (T - Q)') is higher.
+    """
+    segments = grid.segments(widths, codes.shape[1])
+    stored = dequantize_matrix(codes, widths, grid)
+    # The same codes on other grids give the factors of origin (the sign) and of span (sign times k / T).
+    ones_grid = grid._replace(span=torch.ones_like(grid.span), origin=torch.ones_like(grid.origin))
+    sign = dequantize_matrix(codes, widths, ones_grid).sign()
+    unit = dequantize_matrix(codes, widths, ones_grid._replace(origin=torch.zeros_like(grid.origin)))
+    if keep is not None:
+        for part in (stored, sign, unit):
+            part.masked_fill_(~keep, 0)
+    span, origin = grid.span.clone(), grid.origin.clone()
+    pull = (target - stored) @ hessian
+    for index in range(span.shape[1]):
+        chosen = segments == index
+        inside = hessian[chosen][:, chosen]
+        ones, units = sign[:, chosen], unit[:, chosen]
+        ones_h, units_h = ones @ inside, units @ inside
+        a, b, c = (ones_h * ones).sum(1), (ones_h * units).sum(1), (units_h * units).sum(1)
+        x, y = (pull[:, chosen] * ones).sum(1), (pull[:, chosen] * units).sum(1)
+        shift, stretch, _ = _regress(a, b, c, x, y)
+        new_span = (span[:, index].float() + stretch).to(span.dtype)
+        new_origin = (origin[:, index].float() + shift).to(origin.dtype)
+        d_origin, d_span = new_origin.float() - origin[:, index].float(), new_span.float() - span[:, index].float()
+        gain = 2 * (d_origin * x + d_span * y)
+        gain = gain - (d_origin.square() * a + 2 * d_origin * d_span * b + d_span.square() * c)
+        valid = (gain > 0) & (new_span > 0) & torch.isfinite(new_span) & torch.isfinite(new_origin)
+        if grid.kind == "zero-free":
+            valid &= new_origin >= 0
+        span[:, index] = torch.where(valid, new_span, span[:, index])
+        origin[:, index] = torch.where(valid, new_origin, origin[:, index])
+        moved = (d_origin[:, None] * ones + d_span[:, None] * units) * valid[:, None]
+        pull -= moved @ hessian[chosen]
+    return grid._replace(span=span, origin=origin)

@@ -1,0 +1,51 @@
+"""What a solve leaves of one weight matrix, exactly as it will be stored; what packs and reports it needs no solver."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sgpt_lightning.core.grids import Grid, dequantize_matrix
+
+
+class SolveError(ValueError):
+    """A linear that cannot be solved to finite numbers; the message names it."""
+
+
+@dataclass(frozen=True)
+class CompressedLinear:
+    """What is left of one weight matrix, exactly as it will be stored, and how well it does."""
+
+    codes: Tensor | None
+    """uint8 `[out_features, in_features]`; where a weight is removed, that of zero or 0. None if not quantized."""
+    values: Tensor | None
+    """The weights in the storage dtype, `[out_features, in_features]`, if not quantized."""
+    keep: Tensor | None
+    """True where a weight survives, bool `[out_features, in_features]`. None if nothing was removed."""
+    widths: Tensor | None
+    """Bits per input channel, or per output channel where `grid.axis` says so, uint8. None if not quantized."""
+    grid: Grid | None
+    """Spans and origins of the rows. None if not quantized."""
+    n_m: tuple[int, int] | None
+    """(N, M) if every M consecutive inputs hold N zeros."""
+    relative_error: float | None
+    """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output."""
+    importance_range: tuple[float, float]
+    """Lowest and highest channel importance."""
+    damp_percent: float
+    """Damping used, a fraction of the mean Hessian diagonal."""
+    status: str
+    """`ok`, `damped` or `float64`, see `hessian.py`."""
+    bias_shift: Tensor | None = None
+    """What the bias takes over, float32 `[out_features]`; None if the bias stays."""
+    allocation: str | None = None
+    """How widths were dealt in the end: `uniform` also where it did better than what was asked for."""
+
+    def weight(self) -> Tensor:
+        """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
+        if self.codes is None:
+            assert self.values is not None
+            return self.values.float()
+        assert self.widths is not None
+        assert self.grid is not None
+        weight = dequantize_matrix(self.codes, self.widths, self.grid)
+        return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)

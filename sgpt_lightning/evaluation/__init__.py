@@ -1,0 +1,1 @@
+"""Perplexity, and a model measured on windows."""

@@ -1,0 +1,1 @@
+"""What bytes mean: packed weights, records, the manifest and the directory. No solver, no model."""

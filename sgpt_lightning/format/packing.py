@@ -1,0 +1,341 @@
+"""The stored form of one weight matrix: tensors of bytes, and how many there are.
+
+Survivors are stored run by run, one run per bit width, widest first. A run holds the columns (or the rows, where
+`width_axis` is `output`) of its width in their own order, row by row; with a mask, only the survivors. Each run is
+packed without gaps and starts on a byte.
+
+    weight_codes       uint8   the runs, one behind the other                (quantized)
+    weight_values      float   the survivors, row by row                     (not quantized)
+    weight_mask        uint8   `bitmap`: 1 bit a weight, 1 = survives
+                               `pattern`: per group of M the rank of its zeros among all N-subsets of M, in
+                               lexicographic order, ceil(log2(C(M, N))) bits
+    weight_range       float   [out_features, segments]: the interval that the codes of a row and segment span
+    weight_zero_point  uint8   [out_features, segments]: the code of zero at the widest width  (grid `zero-point`)
+    weight_offset      float   [out_features, segments]: the lowest value or magnitude (grids `offset`, `zero-free`)
+    weight_widths      uint8   per column (row): position in the ascending list of widths, ceil(log2(n)) bits;
+                               absent when there is one width
+
+Matrices are `[out_features, in_features]`, also where the model holds them transposed (Conv1D). Bits are laid out as
+`bits.py` draws them. A segment is `group_size` consecutive columns; without groups it is the columns of one width,
+narrowest first, or all columns in the grid `zero-point` and where rows have widths. At `b` bits a code c stands for,
+in float32, each operation rounded,
+
+    zero-point  range / (2^b - 1) * (c - zero)         zero = round(zero_point * (2^b - 1) / (2^B - 1)), ties to even,
+                                                       with B the widest width in use
+    offset      range / (2^b - 1) * c + offset
+    zero-free   range / (2^(b-1) - 1) * k + offset     with k = c mod 2^(b-1); negated if c >= 2^(b-1); at 1 bit k = 0
+
+No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
+trace in the result. Three layouts are priced and the cheapest is taken: `dense` (no mask; removed weights hold the
+zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
+"""
+
+import itertools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.core.grids import Grid, GridKind, WidthAxis, count_segments, dequantize_matrix
+from sgpt_lightning.core.sizes import MAX_GROUP, Layout, code_bits, index_bits, mask_bits, smallest_layout
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What a reader must know besides the tensors; plain values, kept in the manifest."""
+
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    layout: Layout
+    """How zeros are stored."""
+    widths: tuple[int, ...] | None
+    """Bit widths in use, ascending; None if not quantized."""
+    n_m: tuple[int, int] | None
+    """(N, M) of the `pattern` layout."""
+    grid: GridKind | None = None
+    """What codes stand for; None if not quantized."""
+    group_size: int | None = None
+    """Columns per segment; None if a row is not divided into groups."""
+    width_axis: WidthAxis = "input"
+    """What has a width of its own: `input` channels (columns) or `output` channels (rows)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "WeightSpec":
+        """Read what `to_dict` wrote; raises ValueError on anything else."""
+        if not _is_spec(values):
+            raise ValueError(f"not a weight specification: {values}")
+        lists = {key: None if values[key] is None else tuple(values[key]) for key in ("shape", "widths", "n_m")}
+        return cls(**(values | lists))
+
+
+def _is_spec(values: Any) -> bool:
+    if not isinstance(values, dict) or set(values) != {
+        "shape",
+        "layout",
+        "widths",
+        "n_m",
+        "grid",
+        "group_size",
+        "width_axis",
+    }:
+        return False
+    shape, widths, n_m = (values[key] for key in ("shape", "widths", "n_m"))
+    for numbers in (shape, widths, n_m):
+        if numbers is not None and not (isinstance(numbers, list | tuple) and all(type(n) is int for n in numbers)):
+            return False
+    if shape is None or len(shape) != 2 or min(shape) < 1 or not _is_grid(values):
+        return False
+    if values["layout"] != "pattern":
+        return n_m is None and values["layout"] in get_args(Layout)
+    if n_m is None or len(n_m) != 2 or not 0 < n_m[0] < n_m[1] <= MAX_GROUP or shape[1] % n_m[1]:
+        return False
+    return "pattern" in mask_bits(tuple(shape), tuple(n_m))
+
+
+def _is_grid(values: dict[str, Any]) -> bool:
+    widths, grid, group_size = values["widths"], values["grid"], values["group_size"]
+    if values["width_axis"] not in get_args(WidthAxis):
+        return False
+    if widths is None:
+        return grid is None and group_size is None
+    if not widths or list(widths) != sorted({w for w in widths if 1 <= w <= 8}) or grid not in get_args(GridKind):
+        return False
+    return group_size is None or (type(group_size) is int and group_size >= 1)
+
+
+class PackedWeight(NamedTuple):
+    """A packed weight matrix: its specification and its tensors, by the names in the module's docstring."""
+
+    spec: WeightSpec
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take, in memory and in the file."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """Return the same weight on another device."""
+        return PackedWeight(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def pack_weight(compressed: CompressedLinear) -> PackedWeight:
+    """Pack a solved matrix in its cheapest layout."""
+    widths = compressed.widths
+    used = None if widths is None else tuple(sorted(set(widths.tolist())))
+    out_features, in_features = (compressed.codes if compressed.values is None else compressed.values).shape  # type: ignore[union-attr]
+    layout = cheapest_layout(compressed)
+    spec = WeightSpec(
+        (out_features, in_features),
+        layout,
+        used,
+        compressed.n_m if layout == "pattern" else None,
+        None if compressed.grid is None else compressed.grid.kind,
+        None if compressed.grid is None else compressed.grid.group_size,
+        "input" if compressed.grid is None else compressed.grid.axis,
+    )
+    keep = None if layout == "dense" else compressed.keep
+    tensors = {}
+    if compressed.codes is None:
+        assert compressed.values is not None
+        tensors["weight_values"] = compressed.values if keep is None else compressed.values[keep]
+    else:
+        assert widths is not None
+        assert used is not None
+        assert compressed.grid is not None
+        tensors["weight_codes"] = _pack_runs(compressed.codes, keep, widths, spec)
+        tensors["weight_range"] = compressed.grid.span
+        tensors[_origin_name(spec)] = compressed.grid.origin
+        if len(used) > 1:
+            positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
+            tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), index_bits(len(used)))
+    if keep is not None:
+        tensors["weight_mask"] = _pack_mask(keep, spec)
+    return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """Return the matrix that the model computes with, float32 `[out_features, in_features]`.
+
+    Raises:
+        ValueError: a tensor is missing or its size does not fit the specification.
+    """
+    check_sizes(packed)
+    spec, tensors = packed
+    keep = None if spec.layout == "dense" else _unpack_mask(tensors["weight_mask"], spec)
+    if spec.widths is None:
+        values = tensors["weight_values"]
+        if keep is None:
+            return values.view(spec.shape).float()
+        if values.numel() != int(keep.sum()):
+            raise ValueError(f"the mask and the number of survivors ({values.numel()}) disagree")
+        return torch.zeros(spec.shape, dtype=torch.float32, device=values.device).masked_scatter_(keep, values.float())
+    widths = _unpack_widths(tensors, spec)
+    assert spec.grid is not None
+    codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
+    span, origin = tensors["weight_range"], tensors[_origin_name(spec)]
+    weight = dequantize_matrix(
+        codes, widths, Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
+    )
+    return weight if keep is None else weight.masked_fill_(~keep, 0)
+
+
+def check_sizes(packed: PackedWeight) -> None:
+    """Compare the stored tensors with the specification, before anything of the matrix's size is allocated.
+
+    A matrix that passes has at most 26 weights per byte stored: the leanest form is 15 zeros in 16 and 1-bit codes.
+
+    Raises:
+        ValueError: a tensor is missing or one too many, or its dtype or size cannot be right.
+    """
+    spec, tensors = packed
+    expected = _expected_tensors(spec)
+    if set(expected) != set(tensors):
+        raise ValueError(f"a {spec.layout} weight needs the tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, (is_float, shape) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype not in (_FLOATS if is_float else (torch.uint8,)):
+            raise ValueError(f"{name} must be {'a float' if is_float else 'uint8'}, got {tensor.dtype}")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} for a weight of {spec.shape}, got {tuple(tensor.shape)}")
+    codes = tensors["weight_values" if spec.widths is None else "weight_codes"]
+    survivors = math.prod(spec.shape)
+    if spec.n_m is not None:
+        survivors = survivors // spec.n_m[1] * (spec.n_m[1] - spec.n_m[0])
+    least, most = (0 if spec.layout == "bitmap" else survivors), survivors
+    if spec.widths is not None:
+        least, most = packed_bytes(least, spec.widths[0]), packed_bytes(most, spec.widths[-1]) + len(spec.widths)
+    if not least <= codes.numel() <= most or (spec.widths is not None and codes.dim() != 1):
+        what = "values" if spec.widths is None else "bytes of codes"
+        raise ValueError(f"a weight of {spec.shape} takes from {least} to {most} {what}, got {tuple(codes.shape)}")
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _expected_tensors(spec: WeightSpec) -> dict[str, tuple[bool, tuple[int, ...] | None]]:
+    """Return, by name, whether a tensor is of floats and its shape; None where the shape depends on others."""
+    expected: dict[str, tuple[bool, tuple[int, ...] | None]] = {}
+    if spec.layout != "dense":
+        expected["weight_mask"] = False, (mask_bits(spec.shape, spec.n_m)[spec.layout] // 8,)
+    if spec.widths is None:
+        return expected | {"weight_values": (True, None)}
+    assert spec.grid is not None
+    segments = count_segments(spec.grid, spec.width_axis, spec.widths, spec.shape[1], spec.group_size)
+    expected["weight_codes"] = False, None
+    expected["weight_range"] = True, (spec.shape[0], segments)
+    expected[_origin_name(spec)] = spec.grid != "zero-point", (spec.shape[0], segments)
+    if len(spec.widths) > 1:
+        channels = spec.shape[spec.width_axis == "input"]
+        expected["weight_widths"] = False, (packed_bytes(channels, index_bits(len(spec.widths))),)
+    return expected
+
+
+def cheapest_layout(compressed: CompressedLinear) -> Layout:
+    """Price the layouts that can hold the matrix and return the cheapest."""
+    if compressed.keep is None:
+        return "dense"
+    keep = compressed.keep
+    shape = (keep.shape[0], keep.shape[1])
+    if compressed.widths is None:
+        assert compressed.values is not None
+        dense, masked = (8 * compressed.values.element_size() * int(n) for n in (keep.numel(), keep.sum()))
+        return smallest_layout(dense, masked, shape, compressed.n_m)[0]
+    assert compressed.grid is not None
+    widths, by_rows = compressed.widths.cpu(), compressed.grid.axis == "output"
+    kept = keep.sum(1 if by_rows else 0).cpu()
+    used = {bits: widths == bits for bits in torch.unique(widths).tolist()}
+    dense = code_bits({bits: shape[by_rows] * int(channels.sum()) for bits, channels in used.items()})
+    masked = code_bits({bits: int(kept[channels].sum()) for bits, channels in used.items()})
+    zero_is_a_code = compressed.grid.kind == "zero-point"
+    return smallest_layout(dense, masked, shape, compressed.n_m, zero_is_a_code=zero_is_a_code)[0]
+
+
+def _origin_name(spec: WeightSpec) -> str:
+    return "weight_zero_point" if spec.grid == "zero-point" else "weight_offset"
+
+
+def _pack_runs(codes: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:
+    runs = []
+    assert spec.widths is not None
+    for bits in reversed(spec.widths):
+        run = _of_width(codes, widths == bits, spec)
+        runs.append(pack_bits(run if keep is None else run[_of_width(keep, widths == bits, spec)], bits))
+    return torch.cat(runs)
+
+
+def _unpack_runs(packed: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:
+    codes = torch.zeros(spec.shape, dtype=torch.uint8, device=packed.device)
+    stored = torch.ones_like(codes, dtype=torch.bool) if keep is None else keep
+    offset = 0
+    assert spec.widths is not None
+    for bits in reversed(spec.widths):
+        channels = widths == bits
+        run_keep = _of_width(stored, channels, spec)
+        count = int(run_keep.sum())
+        size = packed_bytes(count, bits)
+        run = unpack_bits(packed[offset : offset + size], bits, count)
+        offset += size
+        spread = torch.zeros_like(run_keep, dtype=torch.uint8).masked_scatter_(run_keep, run)
+        if spec.width_axis == "output":
+            codes[channels] = spread
+        else:
+            codes[:, channels] = spread
+    if offset != packed.numel():
+        raise ValueError(f"the codes take {offset} bytes, got {packed.numel()} bytes")
+    return codes
+
+
+def _of_width(matrix: Tensor, channels: Tensor, spec: WeightSpec) -> Tensor:
+    """Return the columns, or the rows, of one width."""
+    return matrix[channels] if spec.width_axis == "output" else matrix[:, channels]
+
+
+def _unpack_widths(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
+    assert spec.widths is not None
+    used = torch.tensor(spec.widths, dtype=torch.uint8, device=tensors["weight_codes"].device)
+    if len(spec.widths) == 1:
+        return used.expand(spec.shape[spec.width_axis == "input"])
+    channels = spec.shape[spec.width_axis == "input"]
+    positions = unpack_bits(tensors["weight_widths"], index_bits(len(spec.widths)), channels)
+    if int(positions.max()) >= len(spec.widths):
+        raise ValueError(f"a channel names width {int(positions.max())} of {len(spec.widths)}")
+    return used[positions.long()]
+
+
+def _zero_patterns(n: int, m: int) -> Tensor:
+    """All ways to place n zeros in m inputs, bool `[C(m, n), m]`, True where a weight survives."""
+    survives = torch.ones(math.comb(m, n), m, dtype=torch.bool)
+    for rank, zeros in enumerate(itertools.combinations(range(m), n)):
+        survives[rank, list(zeros)] = False
+    return survives
+
+
+def _pack_mask(keep: Tensor, spec: WeightSpec) -> Tensor:
+    if spec.n_m is None:
+        return pack_bits(keep.to(torch.uint8), 1)
+    n, m = spec.n_m
+    place = 1 << torch.arange(m, device=keep.device)
+    patterns = (_zero_patterns(n, m).to(keep.device) * place).sum(1)
+    order = torch.argsort(patterns)
+    found = torch.searchsorted(patterns[order], (keep.view(-1, m) * place).sum(1))
+    return pack_bits(order[found].to(torch.uint8), index_bits(math.comb(m, n)))
+
+
+def _unpack_mask(packed: Tensor, spec: WeightSpec) -> Tensor:
+    count = math.prod(spec.shape)
+    if spec.n_m is None:
+        return unpack_bits(packed, 1, count).bool().view(spec.shape)
+    n, m = spec.n_m
+    ranks = unpack_bits(packed, index_bits(math.comb(m, n)), count // m)
+    if int(ranks.max()) >= math.comb(m, n):
+        raise ValueError(f"rank {int(ranks.max())} names no pattern of {n} zeros in {m}")
+    return _zero_patterns(n, m).to(packed.device)[ranks.long()].view(spec.shape)

@@ -1,0 +1,147 @@
+"""One compressed linear as a record: how it went, in typed fields, to and from JSON."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+import torch
+
+from sgpt_lightning.core.hessian import DampStatus
+from sgpt_lightning.core.sizes import Layout
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.format.packing import PackedWeight
+from sgpt_lightning.recipe import MAX_BITS, Allocation
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One compressed linear."""
+
+    name: str
+    weights: int
+    """Entries of the matrix, removed ones included."""
+    sparsity: float
+    """Fraction removed."""
+    mean_bits: float | None
+    """Mean code bits per surviving weight; None if not quantized."""
+    bits_histogram: dict[int, int]
+    """Channels per bit width (output channels for the allocation `rows`, else input); empty if not quantized."""
+    importance_range: tuple[float, float]
+    """Lowest and highest channel importance."""
+    relative_error: float | None
+    """Squared output error as a fraction of the squared output; None where no inputs were seen to measure it on."""
+    damp_percent: float
+    """Damping used, a fraction of the mean Hessian diagonal."""
+    status: str
+    """`ok`, `damped` or `float64`."""
+    bytes: int
+    """Bytes stored for the weight: codes, mask, ranges, zero points and widths."""
+    layout: str
+    """`dense`, `bitmap` or `pattern`."""
+    allocation: str | None
+    """How widths were dealt in the end; `uniform` where one width did better than what was asked for."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight: all bytes stored, over all weights."""
+        return 8 * self.bytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "LinearReport":
+        """Read what `to_dict` gave, also after it went through JSON (which turns keys into text, tuples into lists).
+
+        Raises:
+            ValueError: a field is missing, unknown, or holds what no solve can have given, such as NaN.
+        """
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"the report of a linear needs the fields {', '.join(_RULES)}, got {values!r:.200}")
+        for name, (rule, holds) in _RULES.items():
+            if not holds(values[name]):
+                raise ValueError(f"report of {values['name']!r:.80}: {name} must be {rule}, got {values[name]!r:.80}")
+        if (values["mean_bits"] is None) != (not values["bits_histogram"]):
+            raise ValueError(
+                f"report of {values['name']!r:.80}: mean_bits and bits_histogram must both be there or not, "
+                f"got {values['mean_bits']!r} and {values['bits_histogram']!r}"
+            )
+        histogram = {int(bits): count for bits, count in values["bits_histogram"].items()}
+        low, high = values["importance_range"]
+        return cls(**(values | {"bits_histogram": histogram, "importance_range": (low, high)}))
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_number(value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_histogram(value: Any) -> bool:
+    widths = {str(bits) for bits in range(1, MAX_BITS + 1)}
+    return isinstance(value, dict) and all(str(key) in widths and _is_whole(value[key], 1) for key in value)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("text", lambda value: isinstance(value, str)),
+    "weights": ("a whole number from 1", lambda value: _is_whole(value, 1)),
+    "sparsity": ("a fraction in [0, 1]", lambda value: _is_number(value, 0, 1)),
+    "mean_bits": (f"None or in [0, {MAX_BITS}]", lambda value: value is None or _is_number(value, 0, MAX_BITS)),
+    "bits_histogram": (f"channels per width from 1 to {MAX_BITS}", _is_histogram),
+    "importance_range": ("two finite numbers, ascending", _is_range),
+    "relative_error": ("None or a finite number", lambda value: value is None or _is_number(value)),
+    "damp_percent": ("a finite number from 0", lambda value: _is_number(value, 0)),
+    "status": (f"one of {', '.join(get_args(DampStatus))}", lambda value: value in get_args(DampStatus)),
+    "bytes": ("a whole number from 1", lambda value: _is_whole(value, 1)),
+    "layout": (f"one of {', '.join(get_args(Layout))}", lambda value: value in get_args(Layout)),
+    "allocation": (
+        f"None or one of {', '.join(get_args(Allocation))}",
+        lambda value: value is None or value in get_args(Allocation),
+    ),
+}
+"""What `LinearReport.from_dict` asks of each field, in words and as a test."""
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """One linear after the solve: what will be stored (on the CPU) and how it went."""
+
+    packed: PackedWeight
+    report: LinearReport
+
+
+def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeight) -> LinearReport:
+    """Gather the figures of one solved linear."""
+    shape = packed.spec.shape
+    keep = torch.ones(shape, dtype=torch.bool) if compressed.keep is None else compressed.keep.cpu()
+    kept = int(keep.sum())
+    mean_bits = None
+    histogram: dict[int, int] = {}
+    if compressed.widths is not None:
+        bits = compressed.widths.cpu().long()
+        spent = int((bits * keep.sum(1 if packed.spec.width_axis == "output" else 0)).sum())
+        mean_bits = spent / max(kept, 1)
+        histogram = dict(sorted(Counter(bits.tolist()).items()))
+    return LinearReport(
+        name=name,
+        weights=keep.numel(),
+        sparsity=1 - kept / keep.numel(),
+        mean_bits=mean_bits,
+        bits_histogram=histogram,
+        importance_range=compressed.importance_range,
+        relative_error=compressed.relative_error,
+        damp_percent=compressed.damp_percent,
+        status=compressed.status,
+        bytes=packed.nbytes,
+        layout=packed.spec.layout,
+        allocation=compressed.allocation,
+    )

@@ -1,0 +1,139 @@
+"""A whole run in one place: the JSON report and the tables for people; for loggers see `trainer/logs.py`.
+
+Everything is derived from the manifest that was written with the model, so the callback at the end of a run and
+`sgpt inspect` years later print the same figures.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgpt_lightning.format.manifest import Manifest
+from sgpt_lightning.format.records import LinearReport
+from sgpt_lightning.report.tables import format_bytes, format_table, mean_bits, table_of_linears
+
+REPORT_KEYS = frozenset({"perplexity", "bytes", "bits_per_weight", "linears", "seconds", "recipe", "versions"})
+"""What `report.json` holds, and by which it is known."""
+VERSIONED = ("sgpt-lightning", "torch", "lightning", "transformers", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the result; missing ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def linear_reports(manifest: Manifest) -> list[LinearReport]:
+    """Return the reports of the compressed linears, in the order of the model."""
+    return [LinearReport.from_dict(entry["report"]) for entry in manifest.linears.values()]
+
+
+def report_dict(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of `report.json`; sizes in bytes, times in seconds. The last three `bytes` make the first."""
+    ledger = manifest.ledger
+    return {
+        "model": manifest.run.get("model"),
+        "calibration": manifest.run.get("calibration", {}),
+        "perplexity": manifest.run.get("perplexity", {}),
+        "bytes": {
+            "file": ledger.file,
+            "linears": ledger.linears,
+            "embeddings": ledger.embeddings,
+            "other": ledger.other + ledger.headers,
+        },
+        "bits_per_weight": {"linears": ledger.linear_bits_per_weight, "whole_file": ledger.file_bits_per_weight},
+        "linears": [linear.to_dict() for linear in linear_reports(manifest)],
+        "seconds": manifest.run.get("seconds", {}),
+        "recipe": manifest.run.get("recipe", {}),
+        "versions": manifest.run.get("versions", {}),
+    }
+
+
+def summary_table(manifest: Manifest) -> str:
+    """Return the table a user came for: dense against compressed, in perplexity, bits per weight and bytes."""
+    ledger = manifest.ledger
+    perplexity = manifest.run.get("perplexity", {})
+    dense, compressed = perplexity.get("dense", {}), perplexity.get("compressed", {})
+    names = sorted({*dense, *compressed})
+    stored_bits = 8 * getattr(torch, manifest.storage_dtype).itemsize
+    columns = ("", *(f"perplexity {name}" for name in names), "linears, bits/weight", "whole file")
+    rows = [
+        (
+            f"dense, {manifest.storage_dtype}",
+            *(_figure(dense.get(name)) for name in names),
+            f"{stored_bits:.2f}",
+            format_bytes(ledger.parameters * stored_bits / 8),
+        ),
+        (
+            "compressed",
+            *(_figure(compressed.get(name)) for name in names),
+            f"{ledger.linear_bits_per_weight:.2f}",
+            format_bytes(ledger.file),
+        ),
+    ]
+    return format_table(columns, rows)
+
+
+def ledger_table(manifest: Manifest) -> str:
+    """Return where the bytes of the weight files went."""
+    ledger = manifest.ledger
+    parts = (
+        ("linears", ledger.linears, f"{ledger.linear_bits_per_weight:.3f}"),
+        ("embeddings", ledger.embeddings, ""),
+        ("other (biases, norms)", ledger.other, ""),
+        ("file headers", ledger.headers, ""),
+        ("whole file", ledger.file, f"{ledger.file_bits_per_weight:.3f}"),
+    )
+    rows = [(name, f"{count:,}", f"{count / ledger.file:.1%}", bits) for name, count, bits in parts]
+    return format_table(("", "bytes", "share", "bits/weight"), rows)
+
+
+def linears_table(manifest: Manifest) -> str:
+    """Return one row per compressed linear."""
+    return table_of_linears(linear_reports(manifest), details=True)
+
+
+def status_line(linears: Sequence[LinearReport]) -> str:
+    """Return how many linears were solved, and which needed more than the recipe's damping."""
+    odd = [
+        f"{linear.name} ({linear.status}, damping {linear.damp_percent:g})"
+        for linear in linears
+        if linear.status != "ok"
+    ]
+    average = mean_bits(linears)
+    bits = "nothing quantized" if average is None else f"mean {average:.3f} code bits per surviving weight"
+    return f"{len(linears)} linears solved, {bits}; " + (
+        "all as asked" if not odd else f"not as asked: {', '.join(odd)}"
+    )
+
+
+def inspection(directory: Path, manifest: Manifest) -> str:
+    """Return all that `sgpt inspect` shows of a directory."""
+    run = manifest.run
+    settings = ", ".join(f"{key}={value}" for key, value in run.get("recipe", {}).items())
+    protocols = run.get("perplexity", {}).get("protocol", {})
+    parts = [
+        f"{directory}: {run.get('model', 'model')} compressed by sgpt_lightning\nrecipe: {settings}",
+        summary_table(manifest),
+        ledger_table(manifest),
+        linears_table(manifest),
+        "\n".join([status_line(linear_reports(manifest)), *map(_protocol_line, protocols, protocols.values())]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _protocol_line(name: str, protocol: Mapping[str, Any]) -> str:
+    return f"protocol of {name}: " + ", ".join(f"{key}={value!r}" for key, value in protocol.items())
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

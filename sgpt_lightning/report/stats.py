@@ -1,0 +1,97 @@
+"""What the drop-in class collects over layers, and its summary: the interface of the enhanced SparseGPT fork."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sgpt_lightning.format.records import LinearReport
+from sgpt_lightning.report.tables import mean_bits, overall_histogram, table_of_linears
+
+
+class QuantizationStats:
+    """Collects one report per linear and sums them up.
+
+    The name and `print_summary` are those of the enhanced SparseGPT fork, so that its scripts keep working; what this
+    package calls a linear is a layer there, and in the summary.
+    """
+
+    def __init__(self) -> None:
+        self.linears: list[LinearReport] = []
+
+    def add(self, linear: LinearReport, replaces: LinearReport | None = None) -> LinearReport:
+        """Add one linear under a name that no other has.
+
+        Args:
+            linear: the report. A second `fc1` is kept as `fc1 #2`, and so on in the order in which they come, which
+                is that of the blocks in a script that names its layers within the block; one without a name is
+                `unnamed`.
+            replaces: what `add` returned for an earlier solve of the same linear: its row is taken over, so that no
+                channel is counted twice.
+
+        Returns:
+            The report as it is kept.
+        """
+        others = [known for known in self.linears if known is not replaces]
+        kept = replace(linear, name=_free_name(linear.name or "unnamed", {known.name for known in others}))
+        if len(others) == len(self.linears):
+            self.linears.append(kept)
+        else:
+            self.linears = [kept if known is replaces else known for known in self.linears]
+        return kept
+
+    def remove(self, linear: LinearReport) -> None:
+        """Take out what `add` returned, for a linear that is dense again; nothing happens if it is not there."""
+        self.linears = [known for known in self.linears if known is not linear]
+
+    @property
+    def total_channels(self) -> int:
+        """Channels that have a width, of all linears."""
+        return sum(self.channels_per_width.values())
+
+    @property
+    def channels_per_width(self) -> dict[int, int]:
+        """Channels per bit width over all linears."""
+        return overall_histogram(self.linears)
+
+    @property
+    def mean_bits(self) -> float | None:
+        """Mean code bits per surviving weight over all quantized linears; None if nothing was quantized."""
+        return mean_bits(self.linears)
+
+    def summary(self) -> str:
+        """Return the whole summary as text: totals, and a table with one row per layer."""
+        if not self.linears:
+            return "Nothing was compressed: no layer was solved."
+        lines = [f"Layers solved: {len(self.linears)}"]
+        average = self.mean_bits
+        if average is None:
+            lines.append("Nothing was quantized: no layer had a quantizer. Survivors keep their 16 or 32 bits.")
+        else:
+            total = self.total_channels
+            lines += [f"Mean bits per surviving weight: {average:.3f}", f"Quantized channels: {total}"]
+            lines += [f"  {bits} bit: {n:8d} channels, {n / total:6.1%}" for bits, n in self.channels_per_width.items()]
+        unquantized = sum(linear.mean_bits is None for linear in self.linears)
+        if average is not None and unquantized:
+            lines.append(f"Layers that were not quantized (16+ in the table): {unquantized}")
+        prefix = _shared_prefix([linear.name for linear in self.linears]) if len(self.linears) > 1 else ""
+        if prefix:
+            lines.append(f"Layers of {prefix.removesuffix('.')}:")
+        shown = [replace(linear, name=linear.name.removeprefix(prefix)) for linear in self.linears]
+        return "\n".join([*lines, table_of_linears(shown, "layer")])
+
+    def print_summary(self) -> None:
+        """Print the summary."""
+        print(self.summary())
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """Return the name, or the first of `name #2`, `name #3`, ... that is not taken."""
+    candidates = itertools.chain([name], (f"{name} #{count}" for count in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """Return the parents that all names have, with the dot behind them; empty if there is none."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))
+    return "".join(f"{level[0]}." for level in shared)

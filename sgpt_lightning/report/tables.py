@@ -1,0 +1,87 @@
+"""Tables for people, in the terminal and as Markdown."""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from sgpt_lightning.format.records import LinearReport
+
+
+def overall_histogram(linears: Iterable[LinearReport]) -> dict[int, int]:
+    """Channels per bit width, summed over linears."""
+    total: Counter[int] = Counter()
+    for linear in linears:
+        total.update(linear.bits_histogram)
+    return dict(sorted(total.items()))
+
+
+def mean_bits(linears: Iterable[LinearReport]) -> float | None:
+    """Mean code bits per surviving weight, over the quantized linears; None if there is none or nothing survived."""
+    means: list[float] = []
+    survivors: list[float] = []
+    for linear in linears:
+        if linear.mean_bits is not None:
+            means.append(linear.mean_bits)
+            survivors.append(linear.weights * (1 - linear.sparsity))
+    return statistics.fmean(means, weights=survivors) if sum(survivors) else None
+
+
+def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, details: bool = False) -> str:
+    """Lay out one row per linear: how much is left, at what widths, in how many bytes, and how well it does.
+
+    `bits/weight` counts all bytes stored. The channels per width stand in one column under their widths, such as
+    `2/3/4 bit`. `error` is the squared output error as a fraction of the squared output. With five widths, counts of
+    three digits and no details, a row is 93 columns and the longest name.
+
+    Args:
+        linears: what to show.
+        first: heading of the names.
+        details: show the range of importance and the layout as well.
+    """
+    columns: dict[str, Callable[[LinearReport], str]] = {
+        first: lambda linear: linear.name,
+        "sparsity": lambda linear: f"{linear.sparsity:.1%}",
+        "mean bits": lambda linear: "16+" if linear.mean_bits is None else f"{linear.mean_bits:.2f}",
+        "bits/weight": lambda linear: f"{linear.bits_per_weight:.2f}",
+    }
+    widths = overall_histogram(linears)
+    if widths:
+        columns["/".join(map(str, widths)) + " bit"] = _channel_counts(linears, list(widths))
+    columns |= {
+        "error": lambda linear: "" if linear.relative_error is None else f"{linear.relative_error:.4f}",
+        "damping": lambda linear: f"{linear.damp_percent:g}" + ("" if linear.status == "ok" else f" ({linear.status})"),
+        "widths": lambda linear: linear.allocation or "",
+    }
+    if details:
+        columns["importance"] = lambda linear: "{:.3g} to {:.3g}".format(*linear.importance_range)
+        columns["layout"] = lambda linear: linear.layout
+    return format_table(list(columns), [[cell(linear) for cell in columns.values()] for linear in linears])
+
+
+def _channel_counts(linears: Sequence[LinearReport], widths: Sequence[int]) -> Callable[[LinearReport], str]:
+    """Return what writes a linear's channels per width as `149/ 77/301`, each count as wide as its largest."""
+    digits = {bits: max(len(str(linear.bits_histogram.get(bits, 0))) for linear in linears) for bits in widths}
+
+    def write(linear: LinearReport) -> str:
+        counts = "/".join(str(linear.bits_histogram.get(bits, 0)).rjust(digits[bits]) for bits in widths)
+        return counts if linear.bits_histogram else ""
+
+    return write
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a table for the terminal that is Markdown as well; the first column is left-aligned."""
+    cells = [list(columns), *(list(row) for row in rows)]
+    sizes = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(["-" * (sizes[0] + 2), *("-" * (size + 1) + ":" for size in sizes[1:])]) + "|"
+    return "\n".join([line(cells[0]), rule, *(line(row) for row in cells[1:])])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal megabytes, as disks count them."""
+    return f"{count / 1e6:.2f} MB"

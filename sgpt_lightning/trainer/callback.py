@@ -1,0 +1,364 @@
+"""The Lightning callback: when to watch, when to solve, when to measure, and where the results go.
+
+Epoch k is block k (one epoch in all when calibration is one-shot), after one epoch of gradients where the recipe uses
+them. The solve runs when the last batch of an epoch has
+ended and not in `on_train_epoch_end`: Lightning validates before that hook, so perplexities would lag one block and
+validation text would leak into the Hessians. Lightning's own validation schedule is switched off for the same reason;
+the callback runs the Trainer's validation loop itself: dense, compressed, and between blocks if asked.
+"""
+
+import json
+import os
+import signal
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
+
+from sgpt_lightning.calibration.checks import check_batch, least_bytes
+from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
+from sgpt_lightning.calibration.solving import mean_error
+from sgpt_lightning.checkpoint.save import save_compressed
+from sgpt_lightning.format.directory import check_target, is_compressed_dir
+from sgpt_lightning.format.manifest import Manifest
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
+from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.replay import padding_mask
+from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.report.run import linear_reports, report_dict, status_line, summary_table, versions
+from sgpt_lightning.trainer.logs import log_linears, log_perplexity, log_run
+from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.progress import seconds_left
+from sgpt_lightning.trainer.setup import TrainerSettings, check_report_path, check_trainer, report_path, run_directory
+
+DEFAULT_RECIPE = Recipe()
+
+
+class IncompleteRunError(RuntimeError):
+    """A run that ended before all linears were solved; nothing was written."""
+
+
+class _TextSeen(NamedTuple):
+    """Calibration text that really went in; padding is not counted."""
+
+    windows: int
+    tokens: int
+
+
+class SparseGPTCallback(Callback):
+    """Compresses the model of a `CausalLMModule` during `trainer.fit`.
+
+    Give it to any Trainer: it sets the number of epochs itself, measures perplexity on the validation data before and
+    after, and writes the compressed model and `report.json`.
+
+    Args:
+        recipe: what to do to which linear.
+        calibration: `sequential` (one block per epoch, on the compressed blocks' outputs) or `one-shot` (one epoch).
+        save_dir: where the compressed model goes; None for `compressed` in the run directory.
+        validate_every_block: also measure perplexity after each block.
+
+    Raises:
+        TypeError: `recipe` is no `Recipe`.
+        ValueError: an unknown way to calibrate.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe = DEFAULT_RECIPE,
+        calibration: Mode = "sequential",
+        save_dir: str | None = None,
+        validate_every_block: bool = False,
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {recipe!r} ({type(recipe).__name__})")
+        if calibration not in get_args(Mode):
+            raise ValueError(f"calibration must be one of {', '.join(get_args(Mode))}, got {calibration!r}")
+        self.recipe = recipe
+        self.calibration = calibration
+        self.save_dir = save_dir
+        self.validate_every_block = validate_every_block
+        self.solved: dict[str, SolvedLinear] = {}
+        self.manifest: Manifest | None = None
+        self._calibration: Calibration | None = None
+        self._settings: TrainerSettings | None = None
+        self._first_epoch = 0
+        self._seen = _TextSeen(0, 0)
+        self._perplexity: dict[str, dict[str, float]] = {}
+        self._seconds: dict[str, float] = {}
+        self._last_error: float | None = None
+        self._block_seconds: list[float] = []
+        self._block_started = 0.0
+        self._measure_seconds = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before the model is loaded.
+
+        Raises:
+            TypeError: the module is not a `CausalLMModule`.
+            ValueError: mixed precision, several processes, a limit that would end the run early, a compressed model, or
+                a foreign `report.json` where the report is to go.
+            FileExistsError: the output directory exists and is not a compressed model.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, CausalLMModule):
+            raise TypeError(f"SparseGPTCallback needs a CausalLMModule, got {type(pl_module).__name__}")
+        check_trainer(trainer)
+        in_memory = pl_module.network
+        if is_compressed_dir(Path(pl_module.path)) or (in_memory is not None and is_marked_compressed(in_memory)):
+            raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
+        check_target(self.target(trainer))
+        check_report_path(report_path(trainer))
+        self._settings = TrainerSettings.of(trainer)
+        # Nothing is logged by step, but Lightning warns of epochs shorter than `log_every_n_steps`.
+        self._settings._replace(num_sanity_val_steps=0, log_every_n_steps=1).apply(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the recipe against the model, all of it, and the disk, and set the number of epochs."""
+        network = _network(pl_module)
+        assert isinstance(pl_module, CausalLMModule)
+        self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
+        self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
+        self._seen, self._block_seconds = _TextSeen(0, 0), []
+        self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
+        check_target(self.target(trainer), least_bytes(network, self.recipe, pl_module.storage_dtype))
+        self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
+        pl_module.epoch_titles = self._calibration.titles
+        trainer.fit_loop.max_epochs = self._first_epoch + self._calibration.epochs
+        trainer.check_val_every_n_epoch = self._calibration.epochs + 1
+        network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the dense model.
+
+        Raises:
+            ValueError: the training data has no length.
+        """
+        _network(pl_module).eval()
+        if trainer.num_training_batches == float("inf"):
+            raise ValueError("the training data must have a length: every block is calibrated on the same batches")
+        self._measure("dense", trainer, pl_module, 0)
+        self._block_started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Show the batch to the calibration."""
+        assert self._calibration is not None
+        started = time.perf_counter()
+        epoch = trainer.current_epoch - self._first_epoch
+        if epoch == 0:
+            check_batch(_network(pl_module), batch, batch_idx)
+            self._count(batch)
+        self._calibration.observe(epoch, batch_idx, batch)
+        self._seconds["calibrate"] += time.perf_counter() - started
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Solve after the last batch of an epoch; show error and time left after every one."""
+        assert self._calibration is not None
+        epochs, done = self._calibration.epochs, trainer.current_epoch - self._first_epoch
+        if trainer.is_last_batch:
+            if done == 0:
+                self._warn_of_few_tokens(_network(pl_module))
+            started = time.perf_counter()
+            solved = self._calibration.finish(done)
+            self._seconds["solve"] += time.perf_counter() - started
+            self.solved |= solved
+            done += 1
+            now = time.perf_counter()
+            if solved:
+                self._last_error = mean_error(solved.values())
+                self._block_seconds.append(now - self._block_started)
+                log_linears(trainer.loggers, solved, done - self._calibration.preparation)
+            self._block_started = now
+        self._show(pl_module, epochs - done)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the model with the block that was just solved, the last time always."""
+        assert self._calibration is not None
+        done = trainer.current_epoch - self._first_epoch + 1
+        blocks = done - self._calibration.preparation
+        if done == self._calibration.epochs:
+            self._measure("compressed", trainer, pl_module, len(find_decoder_blocks(_network(pl_module)).blocks))
+        elif self.validate_every_block and blocks:
+            self._measure(f"after {blocks} blocks", trainer, pl_module, blocks)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the compressed model and the report, and log them.
+
+        Raises:
+            IncompleteRunError: something ended the run before its last epoch.
+        """
+        assert isinstance(pl_module, CausalLMModule)
+        self._check_complete(trainer)
+        network = _network(pl_module)
+        run = {
+            "model": pl_module.path,
+            "calibration": {"mode": self.calibration, "protocol": self._calibration_protocol(trainer)},
+            "recipe": asdict(self.recipe),
+            "perplexity": self._perplexity | {"protocol": _protocols(trainer, pl_module)},
+            "seconds": self._seconds,
+            "blocks": len(find_decoder_blocks(network).blocks),
+            "versions": versions(),
+        }
+        self.manifest = self._save(trainer, pl_module, run)
+        report = report_path(trainer)
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(report_dict(self.manifest), indent=1) + "\n")
+        log_run(trainer.loggers, self.manifest)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, after the progress bar has ended.
+
+        Raises:
+            IncompleteRunError: there was not a single batch to calibrate on.
+        """
+        self._check_complete(trainer)
+        assert self.manifest is not None
+        print(f"\n{summary_table(self.manifest)}\n\n{status_line(linear_reports(self.manifest))}")
+        print(f"compressed model: {self.target(trainer)}\nreport: {report_path(trainer)}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go as `teardown` does, which Lightning does not call then, and do not call a signal a success."""
+        self.teardown(trainer, pl_module, "fit")
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the calibration's tensors, and give the Trainer its settings and the network its mode back."""
+        self._calibration = None
+        if self._settings is not None:
+            self._settings.apply(trainer)
+            self._settings = None
+        if isinstance(pl_module, CausalLMModule):
+            pl_module.epoch_titles = ()
+            if pl_module.network is not None:
+                pl_module.network.eval()
+
+    def target(self, trainer: Trainer) -> Path:
+        """Return the directory that the compressed model is written to."""
+        return Path(self.save_dir).expanduser() if self.save_dir is not None else run_directory(trainer) / "compressed"
+
+    def _check_complete(self, trainer: Trainer) -> None:
+        """Raise IncompleteRunError unless every epoch ran to its end."""
+        assert self._calibration is not None
+        done, planned = trainer.current_epoch - self._first_epoch, self._calibration.epochs
+        # In on_train_end the last epoch is counted already, whatever ended the run.
+        if done < planned or not self.solved:
+            raise IncompleteRunError(
+                f"the run ended after {done} of {planned} epochs, {len(self.solved)} linears solved: the model is not "
+                f"compressed and nothing was written to {self.target(trainer)}. Look for trainer.max_time, "
+                "limit_train_batches or a callback that stops the run"
+            )
+
+    def _save(self, trainer: Trainer, pl_module: CausalLMModule, run: dict[str, Any]) -> Manifest:
+        """Write the model to its target; where that fails, somewhere else, and raise all the same."""
+
+        def save(directory: Path) -> Manifest:
+            return save_compressed(
+                directory,
+                _network(pl_module),
+                self.solved,
+                storage_dtype=pl_module.storage_dtype,
+                tokenizer=pl_module.tokenizer,
+                run=run,
+            )
+
+        target = self.target(trainer)
+        try:
+            return save(target)
+        except OSError as error:
+            for elsewhere in (run_directory(trainer), Path(tempfile.gettempdir())):
+                rescued = elsewhere / f"rescued-{os.getpid()}"
+                try:
+                    save(rescued)
+                except OSError:
+                    continue
+                raise OSError(
+                    f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
+                ) from error
+            raise
+
+    def _show(self, pl_module: LightningModule, remaining: int) -> None:
+        """Give the progress bar the error of the last block and the time that is left."""
+        running = time.perf_counter() - self._block_started
+        left = seconds_left(self._block_seconds, running, remaining, closing=self._measure_seconds)
+        if self._last_error is not None and left is not None:
+            pl_module.log_dict({"error": self._last_error, "seconds_left": left}, prog_bar=True, logger=False)
+
+    def _count(self, batch: Any) -> None:
+        mask, ids = padding_mask(batch), batch["input_ids"]
+        windows = len(ids) if mask is None else int(mask.any(1).sum())
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        self._seen = _TextSeen(self._seen.windows + windows, self._seen.tokens + tokens)
+
+    def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
+        """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
+        assert isinstance(pl_module, CausalLMModule)
+        started = time.perf_counter()
+        pl_module.measured = {}
+        if trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating = True
+            loop.setup_data()
+            if not loop.skip:
+                loop.run()
+            trainer.training = True
+        self._perplexity[label] = {name: measured.perplexity for name, measured in pl_module.measured.items()}
+        log_perplexity(trainer.loggers, self._perplexity[label], blocks)
+        self._measure_seconds = time.perf_counter() - started
+        self._seconds["evaluate"] += self._measure_seconds
+
+    def _warn_of_few_tokens(self, network: nn.Module) -> None:
+        linears = find_decoder_blocks(network).linears()
+        widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
+        inputs = weight_matrix(linears[widest]).shape[1]
+        if self._seen.tokens < inputs:
+            warnings.warn(
+                f"{self._seen.tokens} calibration tokens are fewer than the {inputs} in_features of {widest}: its "
+                "Hessian will be singular and rest on damping alone; raise data.num_samples",
+                stacklevel=2,
+            )
+
+    def _calibration_protocol(self, trainer: Trainer) -> dict[str, Any]:
+        """Return how the calibration text was made, by the data module's word, and how much of it went in."""
+        protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
+        return _as_used({} if protocol is None else asdict(protocol), self._seen.windows, "trainer.limit_train_batches")
+
+
+def _network(pl_module: LightningModule) -> nn.Module:
+    assert isinstance(pl_module, CausalLMModule)
+    assert pl_module.network is not None, "configure_model() comes first"
+    return pl_module.network
+
+
+def _protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, dict[str, Any]]:
+    """Return how each perplexity was measured: the text's protocol, and the model's dtype and attention."""
+    texts = getattr(getattr(trainer, "datamodule", None), "protocols", {})
+    model = {
+        "dtype": str(pl_module.dtype).removeprefix("torch."),
+        "attn_implementation": getattr(_network(pl_module).config, "_attn_implementation", None),
+    }
+    return {
+        name: _as_used(asdict(texts[name]) if name in texts else {}, measured.windows, "trainer.limit_val_batches")
+        | model
+        for name, measured in pl_module.measured.items()
+    }
+
+
+def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:
+    """Return a text's protocol with the number of windows that were really used."""
+    used: dict[str, Any] = {"windows": windows}
+    if protocol and windows != protocol["windows"]:
+        used |= {
+            "selection": f"{protocol['selection']}, of which the first {windows} ({limit})",
+            "tokens": windows * protocol["seq_len"],
+        }
+    return protocol | used

@@ -1,0 +1,71 @@
+"""What a run tells Lightning's loggers: scalars by block, histograms of widths, and the tables as text."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from sgpt_lightning.format.manifest import Manifest
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.report.run import ledger_table, linear_reports, linears_table, summary_table
+from sgpt_lightning.report.tables import format_table, overall_histogram
+
+
+def log_perplexity(loggers: Iterable[Logger], perplexity: Mapping[str, float], blocks: int) -> None:
+    """Log perplexities with the number of compressed blocks as the step (0 = dense)."""
+    for logger in loggers:
+        logger.log_metrics({f"perplexity/{name}": value for name, value in perplexity.items()}, step=blocks)
+
+
+def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], blocks: int) -> None:
+    """Log what was done to the linears of one block; the step is the number of compressed blocks."""
+    for logger in loggers:
+        for name, linear in solved.items():
+            report = linear.report
+            figures = {
+                "sparsity": report.sparsity,
+                "bytes": float(report.bytes),
+                "bits_per_weight": report.bits_per_weight,
+            }
+            if report.relative_error is not None:
+                figures["relative_error"] = report.relative_error
+            if report.mean_bits is not None:
+                figures["mean_bits"] = report.mean_bits
+            logger.log_metrics({f"{key}/{name}": value for key, value in figures.items()}, step=blocks)
+            _log_histogram(logger, f"bits/{name}", report.bits_histogram, blocks)
+
+
+def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
+    """Log the overall histogram, recipe and tables as text, and hparams with final perplexity and size."""
+    recipe = manifest.run.get("recipe", {})
+    final = manifest.run.get("perplexity", {}).get("compressed", {})
+    metrics = {f"final/perplexity/{name}": value for name, value in final.items()}
+    metrics |= {
+        "final/file_bytes": float(manifest.ledger.file),
+        "final/bits_per_weight": manifest.ledger.linear_bits_per_weight,
+    }
+    blocks = manifest.run.get("blocks", 0)
+    for logger in loggers:
+        _log_histogram(logger, "bits/all", overall_histogram(linear_reports(manifest)), blocks)
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(metrics, step=blocks)
+            continue
+        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in recipe.items()}
+        logger.log_hyperparams(flat, metrics, step=blocks)
+        texts = {
+            "recipe": format_table(("setting", "value"), [(key, str(value)) for key, value in recipe.items()]),
+            "summary": summary_table(manifest),
+            "ledger": ledger_table(manifest),
+            "linears": linears_table(manifest),
+        }
+        for tag, text in texts.items():
+            logger.experiment.add_text(tag, text, blocks)
+
+
+def _log_histogram(logger: Logger, tag: str, channels: Mapping[int, int], step: int) -> None:
+    if channels:
+        counts = {f"channels/{tag}/{bits}": float(count) for bits, count in channels.items()}
+        logger.log_metrics(counts, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            widths = torch.repeat_interleave(torch.tensor(list(channels)), torch.tensor(list(channels.values())))
+            logger.experiment.add_histogram(tag, widths, step, bins=[bits - 0.5 for bits in range(1, 10)])

@@ -1,0 +1,187 @@
+"""The LightningModule around a causal language model: perplexity in `validate`, batches for calibration in `fit`.
+
+Nothing is trained. Optimization is manual, and one scalar that no forward uses, the clock, is stepped once a batch:
+without it `global_step` would stay 0 and checkpoints, loggers and resumed runs would not know where they are. The
+network is frozen; it changes only when the callback writes solved weights into it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from sgpt_lightning.checkpoint.any_model import load_network
+from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.models.names import find_model, load_tokenizer
+from sgpt_lightning.models.replay import model_inputs
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Measured(NamedTuple):
+    """A perplexity, and of how much text."""
+
+    perplexity: float
+    windows: int
+    """Windows of the text; padding is not counted."""
+
+
+class CausalLMModule(LightningModule):
+    """A causal language model for calibration and evaluation.
+
+    Args:
+        path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
+        seq_len: tokens per window; None takes the model's own number of positions.
+        dtype: compute dtype: float32, bfloat16 or float16. None takes float32, for a compressed directory the one that
+            it was evaluated in.
+        attn_implementation: as in transformers (`sdpa`, `eager`, ...). None takes the model's own, for a compressed
+            directory the one that it was evaluated with.
+
+    Raises:
+        ValueError: unknown dtype, a path that does not exist, or seq_len beyond the model's positions.
+        ConnectionError: a hub id, and the hub cannot be reached.
+    """
+
+    network: nn.Module | None
+    """The transformers model; loaded when the Trainer asks for it."""
+    epoch_titles: Sequence[str]
+    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch is about, for progress bars."""
+    measured: dict[str, Measured]
+    """What the last validation found, by the names of the data sets."""
+    storage_dtype: torch.dtype
+    """dtype of the checkpoint that the model came from; what is not packed is stored in it."""
+
+    def __init__(
+        self,
+        path: str = "opt-mini",
+        seq_len: int | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
+        self._wrap(None, _read_config(path), path, seq_len)
+        self._compute_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+        self._attn_implementation = attn_implementation
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any = None, seq_len: int | None = None) -> "CausalLMModule":
+        """Wrap a transformers model that is already in memory; it is frozen, and stored in its own dtype."""
+        module = cls.__new__(cls)
+        LightningModule.__init__(module)
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        module._wrap(model.requires_grad_(False).eval(), model.config, name, seq_len)
+        module.tokenizer = tokenizer
+        module.storage_dtype = next(model.parameters()).dtype
+        return module
+
+    def _wrap(self, network: nn.Module | None, config: Any, path: str, seq_len: int | None) -> None:
+        self.automatic_optimization = False
+        self.path = path
+        self.network = network
+        self.config = config
+        self.seq_len = checked_seq_len(seq_len, config, path)
+        self.storage_dtype = _storage_dtype(config)
+        self.tokenizer: Any = None
+        self.epoch_titles = ()
+        self.measured = {}
+        self.clock = nn.Parameter(torch.zeros(()))
+        self.perplexities = nn.ModuleList()
+
+    def configure_model(self) -> None:
+        """Load the model and its tokenizer, once."""
+        if self.network is None:
+            self.network = load_network(self.path, self._compute_dtype, self._attn_implementation)
+            self.tokenizer = load_tokenizer(self.path)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer that steps the clock."""
+        return torch.optim.SGD([self.clock], lr=0.0)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, `[batch, time, vocab]`, for `input_ids` (and `attention_mask`), each `[batch, time]`."""
+        assert self.network is not None, "configure_model() comes first"
+        return self.network(**model_inputs(batch)).logits
+
+    def on_fit_start(self) -> None:
+        """Raise RuntimeError if there is no callback to calibrate for; callbacks have had their turn by now."""
+        if not self.epoch_titles:
+            raise RuntimeError("CausalLMModule does not train: give the Trainer callbacks=[SparseGPTCallback(...)]")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Step the clock; what is done with the batch is the callback's."""
+        self.optimizers().step()  # type: ignore[union-attr]
+
+    def on_validation_epoch_start(self) -> None:
+        """Start one metric per evaluation data set."""
+        loaders = len(self.trainer.num_val_batches)
+        self.perplexities = nn.ModuleList(Perplexity() for _ in range(loaders)).to(self.device)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the perplexity of its data set."""
+        metric = self.perplexities[dataloader_idx]
+        assert isinstance(metric, Perplexity)
+        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `perplexity/<data set>`; during fit the callback gives it to the logger, by compressed blocks."""
+        to_logger = self.trainer.state.fn == TrainerFn.VALIDATING
+        self.measured = {}
+        for name, metric in zip(self.evaluation_names(), self.perplexities, strict=True):
+            assert isinstance(metric, Perplexity)
+            perplexity = metric.compute()
+            self.measured[name] = Measured(float(perplexity), int(metric.windows))
+            self.log(f"perplexity/{name}", perplexity, prog_bar=True, logger=to_logger)
+
+    def evaluation_names(self) -> list[str]:
+        """Names of the evaluation data sets: the data module's, or their positions."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
+        return list(names or (str(index) for index in range(len(self.perplexities))))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the clock out of checkpoints."""
+        checkpoint["state_dict"].pop("clock", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the clock back.
+
+        Raises:
+            ValueError: a fit is to go on from the checkpoint: what was half compressed cannot be taken up yet.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start the run again "
+                "without it; its settings and seed give the same result"
+            )
+        checkpoint["state_dict"]["clock"] = self.clock.detach()
+
+
+def checked_seq_len(seq_len: int | None, config: Any, path: str) -> int:
+    """Return the window length; raises ValueError if it is beyond the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if seq_len is None:
+        if positions is None:
+            raise ValueError(f"seq_len must be given: the config of {path} states no max_position_embeddings")
+        return positions
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"seq_len must be at most the {positions} positions of {path}, got {seq_len}")
+    return seq_len
+
+
+def _read_config(path: str) -> Any:
+    directory = find_model(path)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(directory or path))
+
+
+def _storage_dtype(config: Any) -> torch.dtype:
+    """Return the dtype that the checkpoint was saved in, float16 where its config says nothing."""
+    dtype = getattr(config, "dtype", None) or torch.float16
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

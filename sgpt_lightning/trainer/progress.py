@@ -1,0 +1,170 @@
+"""What a user sees of a run: a bar for a terminal, lines for a log file, both on stderr.
+
+Both count blocks instead of epochs, name data sets instead of loaders, and say which state of the model a perplexity is
+of, because the one on show during a run is that of the dense model. Stdout is left to the table at the end.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from sgpt_lightning.trainer.module import CausalLMModule
+
+
+def seconds_left(finished: Sequence[float], running: float, remaining: int, closing: float = 0.0) -> float | None:
+    """Estimate how long a run still takes; it falls by a second a second while blocks take what they took before.
+
+    Args:
+        finished: seconds that each finished block took, from one end to the next.
+        running: seconds since the last of them ended.
+        remaining: blocks that are not finished, the running one included.
+        closing: seconds that what comes after the last block will take, such as measuring perplexity.
+
+    Returns:
+        Seconds, or None before the first block has ended.
+    """
+    if not finished:
+        return None
+    usual = fmean(finished)
+    running_block = max(usual - running, 0.0) if remaining else 0.0
+    return running_block + usual * max(remaining - 1, 0) + closing
+
+
+def format_duration(seconds: float) -> str:
+    """Return `m:ss` or `h:mm:ss`, rounded to seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def measured_state(trainer: Trainer) -> str:
+    """Say which state of the model a perplexity measured now is of; empty outside of a fit."""
+    if trainer.state.fn != "fit":
+        return ""
+    if trainer.global_step == 0:
+        return "dense"
+    titles = _titles(trainer)
+    last = trainer.current_epoch + 1 >= len(titles)
+    return "compressed" if last else f"after {titles[trainer.current_epoch]}"
+
+
+def perplexities(trainer: Trainer) -> dict[str, float]:
+    """Return the perplexities that were measured last, by data set."""
+    prefix = "perplexity/"
+    metrics = trainer.callback_metrics.items()
+    return {name.removeprefix(prefix): float(value) for name, value in metrics if name.startswith(prefix)}
+
+
+class CompressionProgressBar(TQDMProgressBar):
+    """Shows `block k of n`, with the error of the block before and the time left, as the callback logs them."""
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state = ""
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Draw on stderr, and go when the run ends: the table stays."""
+        with contextlib.redirect_stdout(sys.stderr):
+            bar = super().init_train_tqdm()
+        bar.leave = False
+        return bar
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Draw on stderr, and go when the measurement ends."""
+        with contextlib.redirect_stdout(sys.stderr):
+            bar = super().init_validation_tqdm()
+        bar.leave = False
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Name the block."""
+        super().on_train_epoch_start(trainer, *args)
+        if title := _title(trainer):
+            self.train_progress_bar.set_description(title)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which state of the model is measured."""
+        super().on_validation_start(trainer, pl_module)
+        self._state = measured_state(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Name the data set."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if batch_idx == 0 and isinstance(pl_module, CausalLMModule):
+            name = pl_module.evaluation_names()[dataloader_idx]
+            self.val_progress_bar.set_description(" ".join(["perplexity on", name, self._state]).strip())
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands behind the bar: time left first, since a narrow terminal cuts the end off."""
+        shown = super().get_metrics(trainer, pl_module)
+        metrics: dict[str, int | str | float | dict[str, float]] = {}
+        left = shown.get("seconds_left")
+        if isinstance(left, int | float):
+            metrics["left"] = format_duration(left)
+        if "error" in shown:
+            metrics["error"] = shown["error"]
+        labelled = {f"{self._state} {name}".strip(): f"{value:.3f}" for name, value in perplexities(trainer).items()}
+        return metrics | labelled
+
+
+class ProgressLines(Callback):
+    """Prints a line on stderr for each block and each perplexity, where a bar cannot be drawn or is not wanted."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is compressed, and where."""
+        _print(f"compressing {getattr(pl_module, 'path', 'the model')} on {trainer.strategy.root_device}")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the block, its error, its seconds and the time left."""
+        parts = [_title(trainer) or f"epoch {trainer.current_epoch + 1}"]
+        shown = trainer.progress_bar_metrics
+        if "error" in shown:
+            parts.append(f"error {shown['error']:.4f}")
+        parts.append(f"{time.perf_counter() - self._started:.1f} s")
+        if "seconds_left" in shown:
+            parts.append(f"{format_duration(shown['seconds_left'])} left")
+        _print(", ".join(parts))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the perplexities."""
+        state = measured_state(trainer)
+        for name, value in perplexities(trainer).items():
+            _print(" ".join(["perplexity on", name, state]).strip() + f": {value:.3f}")
+
+
+def _titles(trainer: Trainer) -> Sequence[str]:
+    return getattr(trainer.lightning_module, "epoch_titles", ())
+
+
+def _title(trainer: Trainer) -> str:
+    titles = _titles(trainer)
+    return titles[trainer.current_epoch] if trainer.current_epoch < len(titles) else ""
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,75 @@
+"""What a fit needs of the user's Trainer: settings that it can work with, some that it borrows, and where it writes."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch import Trainer
+
+from sgpt_lightning.report.run import REPORT_KEYS
+
+
+class TrainerSettings(NamedTuple):
+    """What a fit sets for itself and gives back."""
+
+    max_epochs: int | None
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int | float
+    log_every_n_steps: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "TrainerSettings":
+        """Read the settings as they are."""
+        log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late, by a connector
+        return cls(trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps, log_every)
+
+    def apply(self, trainer: Trainer) -> None:
+        """Set them."""
+        trainer.fit_loop.max_epochs = self.max_epochs
+        trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
+        trainer.num_sanity_val_steps = self.num_sanity_val_steps
+        trainer.log_every_n_steps = self.log_every_n_steps  # type: ignore[attr-defined]
+
+
+def run_directory(trainer: Trainer) -> Path:
+    """Return the directory of the run: the logger's, or the Trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def report_path(trainer: Trainer) -> Path:
+    """Return where the report of a run goes."""
+    return run_directory(trainer) / "report.json"
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise ValueError for mixed precision, several processes, or a limit that would end the run early."""
+    if str(trainer.precision).endswith("-mixed"):
+        raise ValueError(
+            f"trainer.precision must not be mixed, got {trainer.precision!r}: the Hessians would be gathered in "
+            "another dtype than the file is made for. Set the model's dtype instead"
+        )
+    if trainer.world_size != 1:
+        raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
+    ends = {
+        "fast_dev_run": trainer.fast_dev_run,  # type: ignore[attr-defined]  # set late, by a connector
+        "max_steps": trainer.max_steps != -1 and trainer.max_steps,
+        "limit_train_batches": trainer.limit_train_batches == 0 and "0",
+    }
+    early = [f"trainer.{name}={value}" for name, value in ends.items() if value]
+    if early:
+        raise ValueError(
+            f"{', '.join(early)} would end the run before every block is solved; leave it at its default "
+            "(data.num_samples and ignore make a run short)"
+        )
+
+
+def check_report_path(path: Path) -> None:
+    """Raise ValueError if there is a file that is not a report of ours."""
+    if not path.exists():
+        return
+    try:
+        ours = set(json.loads(path.read_text())) >= REPORT_KEYS
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} exists and is no report of sgpt_lightning: move it or set trainer.default_root_dir")

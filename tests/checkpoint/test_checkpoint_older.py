@@ -1,0 +1,40 @@
+"""`format-1/model` was written by commit 08975c7, and its logits and weights by that commit's own reader."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forgery import edit_json
+
+from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.format.directory import CheckpointError
+
+FIRST = Path(__file__).parent / "format-1"
+
+
+def test_a_model_in_format_version_1_is_read_as_its_own_reader_read_it():
+    expected = json.loads((FIRST / "expected.json").read_text())
+    model = load_compressed(FIRST / "model")
+    state = model.state_dict()
+    found = {
+        name: hashlib.sha256(state[f"{name}.weight"].numpy().tobytes()).hexdigest() for name in expected["weights"]
+    }
+    assert found == expected["weights"]  # 12 linears in all three layouts, to the last bit
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(expected["input_ids"])).logits[0]
+    # Float32 sums of 16 to 32 terms of order 1, in the order of another CPU.
+    torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-5)
+    layouts = {entry["spec"]["layout"] for entry in check_compressed(FIRST / "model").linears.values()}
+    assert layouts == {"dense", "bitmap", "pattern"}
+
+
+@pytest.mark.parametrize("field", ["files", "config", "linears", "ledger"])
+@pytest.mark.parametrize("value", [None, 3, [], {}, {"x": 1}, {"x": {"spec": 2}}])
+def test_a_fault_in_an_older_manifest_is_an_error_that_names_it(field, value, tmp_path):
+    shutil.copytree(FIRST / "model", tmp_path / "out")
+    edit_json(tmp_path / "out" / "sgpt_manifest.json", lambda manifest: manifest.update({field: value}))
+    with pytest.raises(CheckpointError, match=r"out"):
+        load_compressed(tmp_path / "out")

@@ -1,0 +1,69 @@
+"""How `CausalLMModule` loads a model: the model's own attention and the compressed directory's own dtype by default."""
+
+import pytest
+import torch
+from models_for_tests import make_batches, make_model, make_tokens
+
+from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.save import save_compressed
+from sgpt_lightning.models.names import load_tokenizer
+from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.trainer.module import CausalLMModule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PRUNED = Recipe(preset="sparsegpt", target_avg_bits=None)
+
+
+def save_dense(model, directory):
+    model.save_pretrained(directory)
+    load_tokenizer("opt-mini").save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gpt-j", "gemma2", "opt"])
+def test_every_family_loads_without_a_word_about_attention(family, tmp_path):
+    path = save_dense(make_model(family), tmp_path)
+    module = CausalLMModule(path, seq_len=16)
+    module.configure_model()
+    assert module.network.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def compressed_bf16_eager(tmp_path_factory):
+    """A directory of a model that was evaluated in bfloat16 with eager attention."""
+    model = make_model("opt", "eager").to(torch.bfloat16)
+    solved = compress(model, make_batches(2), PRUNED)
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = load_tokenizer("opt-mini")
+    save_compressed(directory, model, solved, storage_dtype=torch.bfloat16, tokenizer=tokenizer)
+    return model, str(directory)
+
+
+def test_a_compressed_directory_is_validated_as_it_was_evaluated(compressed_bf16_eager):
+    model, directory = compressed_bf16_eager
+    module = CausalLMModule(directory)
+    module.configure_model()
+    assert module.network.dtype == torch.bfloat16
+    assert module.network.config._attn_implementation == "eager"
+    batch = {"input_ids": make_tokens(2, 12)}
+    with torch.no_grad():
+        assert torch.equal(module(batch), model(**batch, use_cache=False).logits)
+
+
+def test_what_the_user_asks_for_goes_before_what_the_directory_says(compressed_bf16_eager):
+    module = CausalLMModule(compressed_bf16_eager[1], dtype="float32", attn_implementation="sdpa")
+    module.configure_model()
+    assert module.network.dtype == torch.float32
+    assert module.network.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma4", "falcon", "gpt-neox", "phi"])
+def test_a_rotary_model_that_was_cast_as_a_whole_reads_back_to_the_same_logits(family, dtype, tmp_path):
+    model = make_model(family).to(dtype)  # as Trainer(precision="bf16-true") does: rotary tables are rounded too
+    solved = compress(model, make_batches(2), PRUNED)
+    save_compressed(tmp_path / "model", model, solved, storage_dtype=torch.float16)
+    tokens = make_tokens(2, 12)
+    with torch.no_grad():
+        assert torch.equal(load_compressed(tmp_path / "model")(tokens).logits, model(tokens).logits)
