@@ -54,18 +54,40 @@ def allocate_budget(sensitivity: Tensor, widths: Sequence[int], target: float, c
     """Minimise sum_j s_j^2 4^-b_j within the budget; arguments and result as for `allocate_quantile`."""
     squared, cost = np.square(_to_numpy(sensitivity)), _to_numpy(counts)
     ladder = np.asarray(widths, dtype=float)
-    gain = np.outer(squared, 4.0 ** -ladder[:-1] - 4.0 ** -ladder[1:])
-    price = np.outer(cost, np.diff(ladder))
-    slope = np.divide(gain, price, out=np.zeros_like(gain), where=price > 0)
-    level = np.zeros(len(squared), dtype=int)
-    left = target * cost.sum() * (1 + _ROUNDING) - ladder[0] * cost.sum()
+    stored = np.flatnonzero(cost > 0)
+    gain = np.outer(squared[stored], 4.0 ** -ladder[:-1] - 4.0 ** -ladder[1:])
+    price = np.outer(cost[stored], np.diff(ladder))
     # Stable on the flattened [channel, step] order keeps a channel's steps in sequence where slopes tie (s = 0).
-    for step in np.argsort(-slope, axis=None, kind="stable"):
-        channel, rung = divmod(int(step), len(widths) - 1)
-        if level[channel] == rung and 0 < price[channel, rung] <= left:
-            level[channel] += 1
-            left -= price[channel, rung]
+    order = np.argsort(-(gain / price), axis=None, kind="stable")
+    channels, prices = stored[order // max(len(widths) - 1, 1)], price.ravel()[order]
+    budget = target * cost.sum() * (1 + _ROUNDING) - ladder[0] * cost.sum()
+    spent = np.cumsum(prices)
+    fitting = int(np.searchsorted(spent, budget, side="right"))  # all of these fit, one after the other
+    level = np.bincount(channels[:fitting], minlength=len(squared))
+    left = budget - (spent[fitting - 1] if fitting else 0.0)
+    _fill_up(level, channels[fitting:], prices[fitting:], left)
     return _widths_at(level, widths, sensitivity)
+
+
+def _fill_up(level: np.ndarray, channels: np.ndarray, prices: np.ndarray, left: float) -> None:
+    """Take, in order, those of the remaining steps that still fit; a channel that misses one takes no other."""
+    least = prices.min(initial=np.inf)
+    if left < least:
+        return
+    dear = np.flatnonzero(prices > left)[::-1]
+    first_missed = np.full(len(level), len(prices))
+    first_missed[channels[dear]] = dear  # of several, the last one written is the first in order
+    fitting = np.flatnonzero(prices <= left)
+    missed = set()
+    for step in fitting[first_missed[channels[fitting]] > fitting].tolist():
+        if left < least:
+            return
+        channel = int(channels[step])
+        if prices[step] <= left and channel not in missed:
+            level[channel] += 1
+            left -= prices[step]
+        else:
+            missed.add(channel)
 
 
 def greedy_curve(errors: np.ndarray, counts: np.ndarray, widths: Sequence[int]) -> Callable[[float], float]:

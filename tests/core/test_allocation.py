@@ -169,3 +169,31 @@ def test_channels_without_survivors_cost_nothing_and_get_the_narrowest_width(all
 def test_scores_that_are_all_zero_still_spend_the_budget(allocate):
     bits = allocate(torch.zeros(100), (2, 3, 4, 6, 8), 3.0, torch.ones(100))
     assert 0.99 * 300 <= int(bits.sum()) <= 300
+
+
+def plain_greedy(scores, widths, target, counts):
+    """Step by step in order of gain per bit; a step that does not fit is passed over."""
+    steps = sorted(
+        (-(score**2) * (4.0**-low - 4.0**-high) / (count * (high - low)), channel, low, high)
+        for channel, (score, count) in enumerate(zip(scores, counts, strict=True))
+        for low, high in itertools.pairwise(widths)
+        if count
+    )
+    bits, left = [widths[0]] * len(scores), target * sum(counts) * (1 + 1e-9) - widths[0] * sum(counts)
+    for _, channel, low, high in steps:
+        if bits[channel] == low and counts[channel] * (high - low) <= left:
+            bits[channel] = high
+            left -= counts[channel] * (high - low)
+    return bits
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 4, 6, 8), (1, 2, 8), (2, 4), (3,)])
+@pytest.mark.parametrize("seed", range(20))
+def test_budget_takes_the_steps_that_a_plain_loop_takes(widths, seed):
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(40, generator=g, dtype=torch.float64) ** 4
+    scores[::7] = 0
+    counts = torch.randint(0, 9, (40,), generator=g) if seed % 2 else torch.full((40,), 17)
+    target = widths[0] + (widths[-1] - widths[0]) * float(torch.rand(1, generator=g))
+    expected = plain_greedy(scores.tolist(), widths, target, counts.tolist())
+    assert allocate_budget(scores, widths, target, counts).tolist() == expected
