@@ -25,7 +25,7 @@ def resolve_model(path: str) -> str:
 
 
 def find_model(name: str, argument: str = "model path") -> Path | None:
-    """Return the directory that a name means, or None for a hub id, once the hub is known to answer.
+    """Return the directory that a name means, or None for a hub id, cached or within reach.
 
     Args:
         name: an embedded model, a model directory or a hub id.
@@ -40,7 +40,7 @@ def find_model(name: str, argument: str = "model path") -> Path | None:
         return path
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"{argument} {name!r} is not an existing directory")
-    require_hub(_hub_wanted(name, argument), MODEL_REMEDY)
+    require_hub(name, "model", _hub_wanted(name, argument), MODEL_REMEDY)
     return None
 
 

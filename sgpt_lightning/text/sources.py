@@ -50,7 +50,7 @@ class Column(Sequence[str]):
 
 def _from_hub(column: str, repo: str, *args: str, **options: Any) -> Sequence[str]:
     wanted = f"the data set {repo} of the Hugging Face hub"
-    require_hub(wanted, REMEDY)
+    require_hub(repo, "dataset", wanted, REMEDY)
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
 from sgpt_lightning.checkpoint.any_model import load_dense
-from sgpt_lightning.models import hub as hub_module
 from sgpt_lightning.models import names
 from sgpt_lightning.models.hub import require_hub
 from sgpt_lightning.models.names import find_model, load_tokenizer, resolve_model
@@ -310,17 +310,21 @@ def test_numbers_too_small_fail_before_anything_is_read(tokenizer):
         evaluation_windows("no-such-source", tokenizer, 16, eval_windows=0)
 
 
-def refuse(error: Exception):
-    def urlopen(request, timeout):
-        assert timeout <= 5
-        raise error
+@pytest.fixture
+def asked(monkeypatch):
+    """What the hub's client is asked for; it answers as if there was no network."""
+    calls = []
 
-    return urlopen
+    def repo_info(self, repo, *, repo_type, timeout):
+        calls.append((repo, repo_type))
+        raise huggingface_hub.errors.HTTPError("Name or service not known")
 
-
-def test_no_network_fails_before_the_clients_retry_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse(urllib.error.URLError("Name or service not known")))
+    return calls
+
+
+def test_no_network_fails_before_the_clients_retry_and_says_what_to_do(monkeypatch, asked):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("the client was asked"))
     with pytest.raises(ConnectionError) as caught:
         find_source("wikitext2", "evaluation").load()
@@ -330,24 +334,43 @@ def test_no_network_fails_before_the_clients_retry_and_says_what_to_do(monkeypat
     assert len(message.splitlines()) < 10
     with pytest.raises(ConnectionError, match="tokenizer 'facebook/opt-125m'"):
         load_tokenizer("facebook/opt-125m")
+    assert asked == [("Salesforce/wikitext", "dataset"), ("facebook/opt-125m", "model")]
 
 
-def test_a_refusal_or_a_private_certificate_is_an_answer(monkeypatch):
-    import ssl
+def test_a_refusal_is_an_answer(monkeypatch, asked):
+    class RefusalError(huggingface_hub.errors.HfHubHTTPError):
+        def __init__(self):
+            """Without the response that a real one comes with."""
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for error in (
-        urllib.error.HTTPError("https://hub", 403, "no", None, None),  # type: ignore[arg-type]
-        urllib.error.URLError(ssl.SSLCertVerificationError("self-signed")),
-    ):
-        monkeypatch.setattr(urllib.request, "urlopen", refuse(error))
-        require_hub("anything", "nothing")
+    def refuse(*args, **options):
+        raise RefusalError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+    require_hub("some/model", "model", "anything", "nothing")
 
 
-def test_offline_mode_asks_nothing_and_leaves_the_cache_to_the_client(monkeypatch):
+def test_offline_mode_asks_nothing_and_leaves_the_cache_to_the_client(monkeypatch, asked):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub_module.urllib.request, "urlopen", lambda *args, **options: pytest.fail("the hub was asked"))
-    require_hub("anything", "nothing")
+    require_hub("some/model", "model", "anything", "nothing")
+    assert asked == []
+
+
+def test_what_is_in_the_cache_is_not_asked_for(monkeypatch, asked, tmp_path):
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    (tmp_path / "datasets" / "some___texts").mkdir(parents=True)
+    require_hub("some/model", "model", "anything", "nothing")
+    require_hub("some/texts", "dataset", "anything", "nothing")
+    assert asked == []
+    for repo, kind in (("other/model", "model"), ("other/texts", "dataset")):
+        with pytest.raises(ConnectionError, match=f"the thing.*{constants.ENDPOINT} cannot be reached"):
+            require_hub(repo, kind, "the thing", "nothing")
+    assert asked == [("other/model", "model"), ("other/texts", "dataset")]
 
 
 @pytest.mark.parametrize(
