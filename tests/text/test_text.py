@@ -5,8 +5,6 @@ import hashlib
 import json
 import random
 import sys
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 
@@ -413,9 +411,8 @@ def test_a_model_directory_without_a_tokenizer_says_so_and_what_is_missing(tmp_p
         assert part in str(caught.value)
 
 
-def test_advice_without_a_network_fits_what_was_asked_for(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse(urllib.error.URLError("Name or service not known")))
+@pytest.mark.usefixtures("asked")
+def test_advice_without_a_network_fits_what_was_asked_for():
     with pytest.raises(ConnectionError) as model:
         find_model("opt-min")
     with pytest.raises(ConnectionError) as text_source:
