@@ -30,17 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.core import solver
 from sgpt_lightning.core.grids import fit_affine_grid, quantize_matrix
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.evaluation.evaluate import evaluate
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
-from sgpt_lightning.models.names import load_tokenizer, resolve_model
-from sgpt_lightning.models.replay import model_inputs
+from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.tables import format_table
 from sgpt_lightning.text.windows import calibration_windows, evaluation_windows
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {name: row for name, row in ROWS.items() if not arguments.only or any(t in name for t in arguments.only)}
     if not rows:
         raise SystemExit(f"--only {arguments.only} matches no row; there are: {', '.join(ROWS)}")
-    dense, tokenizer = _load(arguments.model, arguments.device)
+    dense: Any = load_model(arguments.model).to(arguments.device)
+    tokenizer = load_tokenizer(arguments.model)
     seq_len = arguments.seq_len or dense.config.max_position_embeddings
     evaluated = {
         Path(name).stem: evaluation_windows(name, tokenizer, seq_len, arguments.eval_windows)
@@ -158,13 +159,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _load(name: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32).eval().to(device)
-    return model, load_tokenizer(name)
-
-
 def _run(row: Row, dense: nn.Module, batches: Batches, texts: dict[str, Tensor]) -> dict[str, Any]:
     model = copy.deepcopy(dense)
     started = time.perf_counter()
@@ -184,15 +178,8 @@ def _dense_row(dense: nn.Module, texts: dict[str, Tensor]) -> dict[str, Any]:
     return row | {"seconds": 0.0} | _perplexities(dense, texts)
 
 
-@torch.no_grad()
 def _perplexities(model: nn.Module, texts: dict[str, Tensor]) -> dict[str, float]:
-    found = {}
-    for name, windows in texts.items():
-        metric = Perplexity().to(windows.device)
-        for window in windows:
-            metric.update(model(**model_inputs({"input_ids": window[None]})).logits, window[None])
-        found[name] = float(metric.compute())
-    return found
+    return {name: evaluate(model, windows) for name, windows in texts.items()}
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import weight_matrix
-from sgpt_lightning.models.names import load_tokenizer, resolve_model
+from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.models.replay import model_inputs
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.tables import format_table
@@ -88,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def _calibrated(name: str, samples: int, device: str) -> tuple[Any, InputCollector]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32).eval().to(device)
+    model = load_model(name).to(device)
     drawn = calibration_windows("python-docs", load_tokenizer(name), model.config.max_position_embeddings, samples, 0)
     collector = InputCollector(find_decoder_blocks(model).linears())
     for index, window in enumerate(drawn.ids.to(device)):

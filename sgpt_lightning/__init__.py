@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgpt_lightning.calibration.compress import compress as compress
+    from sgpt_lightning.checkpoint.any_model import load_model as load_model
     from sgpt_lightning.checkpoint.load import load_compressed as load_compressed
     from sgpt_lightning.checkpoint.save import save_compressed as save_compressed
+    from sgpt_lightning.evaluation.evaluate import evaluate as evaluate
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.recipe import ImportanceWeights as ImportanceWeights
@@ -36,7 +38,9 @@ _HOME = {
     "SparseGPTCallback": "trainer.callback",
     "TextDataModule": "trainer.data",
     "compress": "calibration.compress",
+    "evaluate": "evaluation.evaluate",
     "load_compressed": "checkpoint.load",
+    "load_model": "checkpoint.any_model",
     "save_compressed": "checkpoint.save",
 }
 __all__ = list(_HOME)

@@ -37,8 +37,18 @@ def load_dense(name: str, **options: Any) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def load_network(path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> nn.Module:
-    """Load a dense or compressed model, frozen and in eval mode; arguments as for `CausalLMModule`."""
+def load_model(path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> nn.Module:
+    """Load a dense or compressed model on the CPU, frozen and in eval mode.
+
+    Args:
+        path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
+        dtype: compute dtype; None takes float32, for a compressed directory the one that it was evaluated in.
+        attn_implementation: as in transformers; None takes the model's own, or the one that it was evaluated with.
+
+    Raises:
+        ValueError: a path that does not exist, or damaged files.
+        ConnectionError: a hub id, and the hub cannot be reached.
+    """
     directory = Path(resolve_model(path)).expanduser()
     if is_compressed_dir(directory):
         return load_compressed(directory, dtype=dtype, attn_implementation=attn_implementation).requires_grad_(False)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from sgpt_lightning.checkpoint.any_model import load_network
+from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.models.names import find_model, load_tokenizer
 from sgpt_lightning.models.replay import model_inputs
@@ -95,7 +95,7 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
         if self.network is None:
-            self.network = load_network(self.path, self._compute_dtype, self._attn_implementation)
+            self.network = load_model(self.path, self._compute_dtype, self._attn_implementation)
             self.tokenizer = load_tokenizer(self.path)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

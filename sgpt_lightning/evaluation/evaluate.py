@@ -1,0 +1,35 @@
+"""Perplexity of a model on windows, in one call and without Lightning."""
+
+import torch
+from torch import Tensor, nn
+
+from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.guards import evaluation_mode
+from sgpt_lightning.models.replay import model_inputs
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1) -> float:
+    """Measure a causal language model on windows of equal length; dropout is off meanwhile.
+
+    A figure means something only beside the protocol of its windows, see `text/windows.py`, and the model's dtype.
+
+    Args:
+        model: any causal language model of transformers.
+        windows: token ids, int64 `[windows, time]`, on any device.
+        batch_size: windows per forward; it changes the result by rounding only.
+
+    Returns:
+        exp of the mean cross-entropy of all tokens but the first of each window.
+
+    Raises:
+        ValueError: `windows` is not two-dimensional or holds nothing to predict.
+    """
+    if windows.dim() != 2 or len(windows) == 0:
+        raise ValueError(f"windows must be [windows, time] with at least one window, got shape {list(windows.shape)}")
+    device = next(model.parameters()).device
+    metric = Perplexity().to(device)
+    with evaluation_mode(model):
+        for batch in windows.to(device).split(batch_size):
+            metric.update(model(**model_inputs({"input_ids": batch})).logits, batch)
+    return float(metric.compute())

@@ -1,0 +1,35 @@
+import math
+
+import pytest
+import torch
+from models_for_tests import make_model, make_tokens
+from torch.nn.functional import cross_entropy
+
+from sgpt_lightning.evaluation.evaluate import evaluate
+
+
+def by_hand(model, windows):
+    """Float64 cross-entropy of whole windows, one by one."""
+    losses = [cross_entropy(model(w[None]).logits[0, :-1].double(), w[1:], reduction="sum").item() for w in windows]
+    return math.exp(sum(losses) / (windows.numel() - len(windows)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_perplexity_is_that_of_a_loop_by_hand_for_any_batch_size(batch_size):
+    model, windows = make_model("llama"), make_tokens(7, 20)
+    # Float32 entropies are right to 5e-7 nats each; batches of another size round the logits otherwise, to 1e-6.
+    assert evaluate(model, windows, batch_size) == pytest.approx(by_hand(model, windows), rel=3e-6)
+
+
+def test_dropout_is_off_and_the_mode_comes_back():
+    model, windows = make_model("opt", dropout=0.5), make_tokens(3, 20)
+    expected = evaluate(model, windows)
+    model.train()
+    assert evaluate(model, windows) == expected
+    assert model.training
+
+
+@pytest.mark.parametrize("windows", [torch.zeros(4, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long)])
+def test_windows_of_another_shape_are_refused(windows):
+    with pytest.raises(ValueError, match=r"windows must be \[windows, time\] with at least one window, got shape"):
+        evaluate(make_model("opt"), windows)
