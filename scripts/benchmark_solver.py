@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def _calibrated(name: str, samples: int, device: str) -> tuple[Any, InputCollector]:
-    model = load_model(name).to(device)
+    model: Any = load_model(name).to(device)
     drawn = calibration_windows("python-docs", load_tokenizer(name), model.config.max_position_embeddings, samples, 0)
     collector = InputCollector(find_decoder_blocks(model).linears())
     for index, window in enumerate(drawn.ids.to(device)):
