@@ -20,6 +20,7 @@ from torch import Tensor
 from sgpt_lightning.core.allocation import choose_points, greedy_curve
 from sgpt_lightning.core.budget import count_survivors, fixed_bits
 from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solver import try_width
 from sgpt_lightning.recipe import Recipe
 
@@ -100,10 +101,11 @@ def _points(name: str, job: LinearJob) -> list[_Point]:
         masks = [recipe, replace(recipe, sparsity=0.0, pattern=None)]
     elif not recipe.prunes:
         masks = [recipe]
+    inputs = SharedInput(job.statistics)
     trial_bits = min(recipe.widths, key=lambda bits: abs(bits - TRIAL_BITS))
     points = []
     for masked in masks:
-        trial = try_width(job.weight, job.statistics, masked, job.row_weights, trial_bits, name)
+        trial = try_width(job.weight, inputs, masked, job.row_weights, trial_bits, name)
         errors = trial.rounding.clamp_min(0).cpu().numpy() * 4.0**trial_bits
         curve = greedy_curve(errors, trial.survivors.cpu().numpy(), recipe.widths)
         low, high = recipe.widths[0], recipe.widths[-1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
@@ -35,11 +36,14 @@ def solve_linears(
 
     Biases that take over a mean error are rounded to `storage_dtype`; they are stored with the rest of the model.
     """
-    solved = {}
+    solved, inputs = {}, None
     for name, linear in linears.items():
+        seen = collector.statistics(name)
+        if inputs is None or inputs.statistics is not seen:  # linears that share an input stand beside each other
+            inputs = SharedInput(seen)
         compressed = compress_linear(
             weight_matrix(linear),
-            collector.statistics(name),
+            inputs,
             plans.recipes[name],
             name,
             storage_dtype,

@@ -65,12 +65,29 @@ class MaskRule(NamedTuple):
         return scores <= scores.flatten().kthvalue(k).values
 
 
-def refine_mask(target: Tensor, hessian: Tensor, drop: Tensor, rule: MaskRule, steps: int) -> Tensor:
+class Spectrum(NamedTuple):
+    """Eigenvectors of S H S with S = diag(H)^-1/2."""
+
+    scale: Tensor
+    """sqrt(diag H), `[in_features]`."""
+    eigenvalues: Tensor
+    """`[in_features]`."""
+    basis: Tensor
+    """One eigenvector a column, `[in_features, in_features]`."""
+
+
+def scaled_spectrum(hessian: Tensor) -> Spectrum:
+    """Decompose a damped Hessian, float32 `[in_features, in_features]`, for `refine_mask`."""
+    scale = hessian.diagonal().sqrt()
+    return Spectrum(scale, *torch.linalg.eigh(hessian / torch.outer(scale, scale)))
+
+
+def refine_mask(target: Tensor, spectrum: Spectrum, drop: Tensor, rule: MaskRule, steps: int) -> Tensor:
     """Look for a mask with a smaller error tr((W - T) H (W - T)') over the W that it allows.
 
     Args:
         target: T, float32 `[out_features, in_features]`.
-        hessian: H, damped, float32 `[in_features, in_features]`.
+        spectrum: of the damped H.
         drop: the mask to start from, True where removed, same shape as `target`.
         rule: how many weights go.
         steps: how many times weights and mask alternate, at most.
@@ -78,8 +95,7 @@ def refine_mask(target: Tensor, hessian: Tensor, drop: Tensor, rule: MaskRule, s
     Returns:
         bool `[out_features, in_features]`, True where removed.
     """
-    scale = hessian.diagonal().sqrt()
-    eigenvalues, basis = torch.linalg.eigh(hessian / torch.outer(scale, scale))
+    scale, eigenvalues, basis = spectrum
     scaled = target * scale
     pull = (scaled @ basis * eigenvalues) @ basis.T
     sparse, dual, rho = scaled.masked_fill(drop, 0), torch.zeros_like(scaled), _FIRST_PENALTY

@@ -24,39 +24,17 @@ from torch import Tensor
 from sgpt_lightning.core.allocation import allocate_budget, allocate_quantile
 from sgpt_lightning.core.budget import grid_kind, mean_code_bits, widest_width, width_axis
 from sgpt_lightning.core.grids import Grid, WidthAxis, dequantize_matrix, fit_affine_grid, quantize_matrix
-from sgpt_lightning.core.hessian import InverseFactor, inverse_factor
 from sgpt_lightning.core.importance import channel_importance
 from sgpt_lightning.core.masks import MaskRule, refine_mask
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import Objective, make_objective
+from sgpt_lightning.core.problem import Columns, SharedInput
 from sgpt_lightning.core.ranges import refit_grid, search_grid
 from sgpt_lightning.core.refit import fit_survivors
 from sgpt_lightning.core.solution import CompressedLinear, SolveError
 from sgpt_lightning.core.sweep import ColumnScales, Swept, descend, sweep
 from sgpt_lightning.guards import exact_float32
 from sgpt_lightning.recipe import Recipe
-
-
-class _Columns(NamedTuple):
-    """The columns in the order of the loops."""
-
-    order: Tensor | None
-    """Positions in the matrix, or None for the matrix's own order."""
-    factor: InverseFactor
-    """Of the damped Hessian, in that order."""
-
-    def take(self, matrix: Tensor) -> Tensor:
-        """Return `[out_features, in_features]` as `[in_features, out_features]` in the loop's order."""
-        return matrix.T if self.order is None else matrix.T[self.order]
-
-    def put_back(self, matrix_t: Tensor) -> Tensor:
-        """Undo `take`."""
-        back = matrix_t if self.order is None else torch.empty_like(matrix_t).index_copy_(0, self.order, matrix_t)
-        return back.T.contiguous()
-
-    def permuted(self, hessian: Tensor) -> Tensor:
-        """Return `[in_features, in_features]` in the loop's order."""
-        return hessian if self.order is None else hessian[self.order][:, self.order]
 
 
 class _Start(NamedTuple):
@@ -85,7 +63,7 @@ class _Problem(NamedTuple):
     """What the steps of one solve share."""
 
     objective: Objective
-    columns: _Columns
+    columns: Columns
     recipe: Recipe
     importance: Tensor
     """Score of each input channel, `[in_features]`."""
@@ -101,7 +79,7 @@ class _Problem(NamedTuple):
     def row_costs(self, stored: Tensor) -> Tensor:
         """Return each row's share of the weighted error, float64 `[out_features]`."""
         residual = self.objective.target - stored
-        errors = (residual @ self.objective.damped * residual).sum(1, dtype=torch.float64)
+        errors = (residual @ self.objective.input.damped * residual).sum(1, dtype=torch.float64)
         return errors * self.row_weights
 
 
@@ -109,7 +87,7 @@ class _Problem(NamedTuple):
 @exact_float32()
 def compress_linear(
     weight: Tensor,
-    statistics: InputStatistics,
+    inputs: InputStatistics | SharedInput,
     recipe: Recipe,
     name: str = "",
     storage_dtype: torch.dtype = torch.float16,
@@ -121,7 +99,7 @@ def compress_linear(
 
     Args:
         weight: `[out_features, in_features]`, any floating dtype, on the device where the solve is to run.
-        statistics: moments of the input, on the same device.
+        inputs: moments of the input, on the same device; shared where other linears receive it too.
         recipe: settings, already resolved for this linear.
         name: the linear, for error messages.
         storage_dtype: dtype of the survivors when they are not quantized.
@@ -136,15 +114,16 @@ def compress_linear(
     """
     check_pattern(recipe, weight.shape[1], name)
     _check_weight(weight, name)
-    parts = recipe.solve_parts
     objective = make_objective(
-        weight.float(), statistics, parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
+        weight.float(), inputs, recipe.solve_parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
     )
-    importance = channel_importance(objective.target, statistics, objective.factor.inverse_diagonal, recipe.importance)
-    natural = _Columns(None, objective.factor)
-    columns = _in_act_order(objective, name) if parts.act_order else natural
+    shared = objective.input
+    importance = channel_importance(
+        objective.target, shared.statistics, shared.factor.inverse_diagonal, recipe.importance
+    )
+    columns = shared.act_ordered if recipe.solve_parts.act_order else shared.natural
     problem = _Problem(objective, columns, recipe, importance, _relative(row_weights, weight), name)
-    start = _choose_mask(problem, natural if recipe.n_m else columns)
+    start = _choose_mask(problem, shared.natural if recipe.n_m else columns)
     solved, values = None, start.weight
     if recipe.quantizes:
         solved = _quantize(problem, start)
@@ -162,7 +141,7 @@ def compress_linear(
         relative_error=None,
         importance_range=(float(importance.min()), float(importance.max())),
         damp_percent=columns.factor.damp_percent,
-        status=objective.factor.status if columns.factor.status == "ok" else columns.factor.status,
+        status=shared.factor.status if columns.factor.status == "ok" else columns.factor.status,
         allocation=None if solved is None else _allocation_used(recipe, solved.widths),
     )
     stored, name = result.weight(), name or "the linear"
@@ -191,16 +170,22 @@ class Trial(NamedTuple):
 @torch.no_grad()
 @exact_float32()
 def try_width(
-    weight: Tensor, statistics: InputStatistics, recipe: Recipe, row_weights: Tensor, bits: int, name: str = ""
+    weight: Tensor,
+    inputs: InputStatistics | SharedInput,
+    recipe: Recipe,
+    row_weights: Tensor,
+    bits: int,
+    name: str = "",
 ) -> Trial:
     """Solve as far as is needed to know the errors that a mask and one width make; arguments as `compress_linear`."""
     _check_weight(weight, name)
     parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
-    objective = make_objective(weight.float(), statistics, parts, has_bias=True, damp_percent=recipe.damp_percent)
-    columns = _in_act_order(objective, name) if parts.act_order else _Columns(None, objective.factor)
+    objective = make_objective(weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damp_percent)
+    shared = objective.input
+    columns = shared.act_ordered if parts.act_order else shared.natural
     importance = torch.ones(weight.shape[1], device=weight.device)
     problem = _Problem(objective, columns, recipe, importance, row_weights.float(), name)
-    start = _choose_mask(problem, _Columns(None, objective.factor) if recipe.n_m else columns)
+    start = _choose_mask(problem, shared.natural if recipe.n_m else columns)
     rounded = _round_to(problem, start, _same_width(start, bits), "input")
     keep = torch.ones_like(rounded.stored) if rounded.drop is None else ~rounded.drop
     pruning = problem.row_costs(start.survivors)
@@ -222,13 +207,7 @@ def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:
         )
 
 
-def _in_act_order(objective: Objective, name: str) -> _Columns:
-    order = torch.argsort(objective.hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(objective.hessian[order][:, order], objective.factor.damp_percent, name)
-    return _Columns(order, factor)
-
-
-def _sweep(columns: _Columns, start: _Start, quantizer: ColumnScales | None, block_size: int) -> Swept:
+def _sweep(columns: Columns, start: _Start, quantizer: ColumnScales | None, block_size: int) -> Swept:
     mask = columns.take(start.mask) if isinstance(start.mask, Tensor) else start.mask
     return sweep(columns.take(start.weight), columns.factor.hinv_chol, mask, quantizer, block_size)
 
@@ -241,7 +220,7 @@ def _relative(row_weights: Tensor | None, weight: Tensor) -> Tensor:
     return (weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(1e-3)
 
 
-def _choose_mask(problem: _Problem, columns: _Columns) -> _Start:
+def _choose_mask(problem: _Problem, columns: Columns) -> _Start:
     """Choose the mask and fit the survivors to it, as far as that comes before the rounding sweep."""
     objective, recipe = problem.objective, problem.recipe
     if not recipe.prunes:
@@ -250,19 +229,18 @@ def _choose_mask(problem: _Problem, columns: _Columns) -> _Start:
     mixed = recipe.quantizes and recipe.allocation != "uniform"
     if not (mixed or parts.mask_steps or parts.refit_steps or (parts.act_order and recipe.n_m)):
         return _Start(objective.target, rule)
-    damped = objective.damped
     if parts.mask_steps:
         # A row's error counts by its weight, and errors are squares of weights. ADMM ends as well from what each weight
         # costs alone as from a sweep's mask (30.28 and 30.28 at 50 % on opt-mini), which takes a column loop.
         weighted = objective.target * problem.row_weights.sqrt()[:, None]
-        drop = rule.removed(weighted.square() / objective.factor.inverse_diagonal)
-        drop = refine_mask(weighted, damped, drop, rule, parts.mask_steps)
+        drop = rule.removed(weighted.square() / objective.input.factor.inverse_diagonal)
+        drop = refine_mask(weighted, objective.input.spectrum, drop, rule, parts.mask_steps)
     else:
         swept = _sweep(columns, _Start(objective.target, rule), None, recipe.block_size)
         drop = columns.put_back(swept.drop)
     if not parts.refit_steps:
         return _Start(objective.target, drop)
-    return _Start(fit_survivors(objective.target, damped, drop, parts.refit_steps), drop)
+    return _Start(fit_survivors(objective.target, objective.input.damped, drop, parts.refit_steps), drop)
 
 
 def _quantize(problem: _Problem, start: _Start) -> _Quantized:
@@ -317,7 +295,7 @@ def _sensitivity(objective: Objective, survivors: Tensor) -> Tensor:
     """
     spans = survivors.amax(1) - survivors.amin(1)
     squared = (spans.square()[:, None] * (survivors != 0)).sum(0, dtype=torch.float64)
-    return (squared / objective.factor.inverse_diagonal.double()).sqrt()
+    return (squared / objective.input.factor.inverse_diagonal.double()).sqrt()
 
 
 def _round_to(problem: _Problem, start: _Start, widths: Tensor, axis: WidthAxis) -> _Quantized:
@@ -327,7 +305,7 @@ def _round_to(problem: _Problem, start: _Start, widths: Tensor, axis: WidthAxis)
     if kind == "zero-point":
         grid = fit_affine_grid(start.survivors, int(widths.max()), recipe.group_size)._replace(axis=axis)
     else:
-        diagonal = problem.objective.damped.diagonal()
+        diagonal = problem.objective.input.damped.diagonal()
         grid = search_grid(
             kind,
             start.survivors,
@@ -348,7 +326,7 @@ def _descend(problem: _Problem, rounded: _Quantized) -> _Quantized:
     """Improve codes and ranges in turn."""
     recipe, columns, objective = problem.recipe, problem.columns, problem.objective
     stored, widths, grid, drop = rounded
-    damped = objective.damped
+    damped = objective.input.damped
     for _ in range(recipe.solve_parts.descent_passes):
         descended = descend(
             columns.take(stored),

@@ -32,9 +32,9 @@ def solves(monkeypatch) -> dict[str, InputStatistics]:
     """Records which statistics each linear is solved with."""
     seen: dict[str, InputStatistics] = {}
 
-    def spy(weight, statistics, recipe, name, storage_dtype, **rest):
-        seen[name] = statistics
-        return compress_linear(weight, statistics, recipe, name, storage_dtype, **rest)
+    def spy(weight, inputs, recipe, name, storage_dtype, **rest):
+        seen[name] = inputs.statistics
+        return compress_linear(weight, inputs, recipe, name, storage_dtype, **rest)
 
     monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linear", spy)
     return seen

@@ -31,9 +31,9 @@ def solves(monkeypatch) -> list:
     """Records, in order: name, statistics, and the model's state when the solve begins."""
     seen: list = []
 
-    def spy(weight, statistics, recipe, name, storage_dtype, **rest):
-        seen.append((name, statistics, rest))
-        return compress_linear(weight, statistics, recipe, name, storage_dtype, **rest)
+    def spy(weight, inputs, recipe, name, storage_dtype, **rest):
+        seen.append((name, inputs.statistics, rest))
+        return compress_linear(weight, inputs, recipe, name, storage_dtype, **rest)
 
     monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linear", spy)
     return seen

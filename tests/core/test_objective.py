@@ -39,7 +39,7 @@ def built(weight: Tensor, *inputs: Tensor, has_bias: bool = True, **parts) -> Ob
 
 def quadratic(q: Tensor, objective: Objective) -> float:
     difference = q.double() - objective.target.double()
-    return float((difference @ objective.hessian.double() * difference).sum())
+    return float((difference @ objective.input.hessian.double() * difference).sum())
 
 
 def squared_error(wanted: Tensor, q: Tensor, bias: Tensor | float, x: Tensor) -> float:
@@ -158,7 +158,7 @@ def test_without_a_bias_or_centring_nothing_is_centred_and_no_bias_moves(setting
     objective = built(weight, x, drifted(x), some_gap(x), **settings)
     assert objective.bias_shift(weight * 0.9) is None
     moment = x.double().T @ x.double() / TOKENS
-    assert close(objective.hessian, moment, 1e-6)  # float32 sums
+    assert close(objective.input.hessian, moment, 1e-6)  # float32 sums
     q = weight + 0.02 * torch.randn(ROWS, FEATURES, generator=generator())
     plain = built(weight, x, alpha=0.0, **settings)
     assert quadratic(q, plain) == pytest.approx(squared_error(dense_outputs(weight, x), q, 0.0, x), rel=1e-5)  # float32
