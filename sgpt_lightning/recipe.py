@@ -129,10 +129,18 @@ class LayerRule:
     """Allowed bit widths, ascending."""
     allocation: Allocation | None = None
     """How widths are dealt to channels."""
+    quantize: bool | None = None
+    """False leaves the survivors in 16 or 32 bits, as `target_avg_bits` cannot say here: None keeps the recipe's."""
 
     def overrides(self) -> dict[str, object]:
-        """Return the fields that this rule sets."""
-        return {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
+        """Return the recipe's fields that this rule sets."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
+        if given.pop("quantize", True):
+            return given
+        if "target_avg_bits" in given:
+            raise ValueError(f"quantize=False leaves no code to count, got target_avg_bits={self.target_avg_bits}")
+        # One budget for the model is for what is quantized.
+        return given | {"target_avg_bits": None, "target_bits_per_weight": None, "scope": "layer"}
 
 
 @dataclass(frozen=True)

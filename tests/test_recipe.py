@@ -204,3 +204,16 @@ def test_parts_are_switched_by_name_and_the_others_stay():
 )
 def test_gradients_are_used_where_rows_compete(settings, used):
     assert Recipe(**settings).uses_gradients == used
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_bits_per_weight": 3.0}, {"scope": "model"}], ids=str)
+def test_a_rule_can_leave_a_linear_unquantized_and_prune_it_all_the_same(settings):
+    recipe = Recipe(**settings, rules=[LayerRule("*.fc1", quantize=False), LayerRule("*.fc2", quantize=True)])
+    assert [recipe.for_linear(name).quantizes for name in NAMES[:3]] == [True, False, True]
+    assert recipe.for_linear(NAMES[1]).sparsity == 0.5
+    assert Recipe(sparsity=0, rules=[LayerRule("*.fc1", quantize=False)]).for_linear(NAMES[1]) is None
+
+
+def test_a_rule_that_quantizes_to_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"rule for '\*\.fc1': quantize=False leaves no code.*target_avg_bits=3"):
+        Recipe(rules=[LayerRule("*.fc1", quantize=False, target_avg_bits=3)])

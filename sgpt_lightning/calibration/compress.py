@@ -47,7 +47,7 @@ def compress(
     calibration = calibration_for(mode, model, recipe, storage_dtype or next(model.parameters()).dtype)
     solved: dict[str, SolvedLinear] = {}
     with evaluation_mode(model):
-        for epoch in range(calibration.epochs):
+        for epoch in range(len(calibration.stages)):
             index = -1
             for index, batch in enumerate(batches):
                 calibration.observe(epoch, index, batch)

@@ -12,13 +12,13 @@ dense model's hidden states are carried beside, through a copy of each block mad
 earlier blocks are not seen by later ones, and all Hessians are held at once. Both settings above are without effect:
 there is one pass, and it is the dense model's.
 
-Both have the same three steps, so the Lightning callback and `compress` drive them alike: `epochs`, `observe` for
+Both have the same three steps, so the Lightning callback and `compress` drive them alike: `stages`, `observe` for
 every batch, `finish` after the last batch of an epoch.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,20 @@ from sgpt_lightning.recipe import Recipe
 Mode = Literal["sequential", "one-shot"]
 
 
+class Stage(NamedTuple):
+    """One pass over the calibration batches, an epoch of the Trainer."""
+
+    label: str
+    """What it is about, for people."""
+    blocks: int
+    """Decoder blocks that are compressed when it has ended."""
+
+
 class Calibration(Protocol):
     """What the callback and `compress` need of a way to calibrate."""
 
-    epochs: int
-    preparation: int
-    """How many of the epochs come before the first that solves something."""
-    titles: Sequence[str]
-    """What each epoch is about, for people."""
+    stages: Sequence[Stage]
+    """What each epoch is about, in order."""
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Take in one batch: `input_ids` `[batch, time]` and optionally `attention_mask`."""
@@ -87,9 +93,8 @@ class SequentialCalibration:
         self._groups: list[dict[str, nn.Module]] = []
         self._writers: dict[str, nn.Module] = {}
         self._collector = InputCollector({})
-        self.preparation = 0
-        self.epochs = len(self._decoder.blocks)
-        self.titles: Sequence[str] = [f"block {number} of {self.epochs}" for number in range(1, self.epochs + 1)]
+        blocks = len(self._decoder.blocks)
+        self.stages: Sequence[Stage] = [Stage(f"block {k} of {blocks}", k) for k in range(1, blocks + 1)]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Carry the batch to the entrance of block `epoch`, then through it under watch."""
@@ -121,7 +126,7 @@ class SequentialCalibration:
                     self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
             solved |= solve_linears(group, self._collector, self._plans, self._storage_dtype)
         self._dense_block = None
-        if epoch + 1 == self.epochs:
+        if epoch + 1 == len(self.stages):
             for kept in (self._inputs, self._token_masks, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
@@ -184,15 +189,13 @@ class SequentialCalibration:
 class OneShotCalibration:
     """All blocks in one epoch, on the dense model's inputs."""
 
-    epochs = 1
-    preparation = 0
-    titles: Sequence[str] = ("all blocks",)
-
     def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
         self._model = model
         self._plans = plans
         self._storage_dtype = storage_dtype
-        self._collector = InputCollector(_touched(plans.recipes, find_decoder_blocks(model).linears()))
+        decoder = find_decoder_blocks(model)
+        self.stages: Sequence[Stage] = [Stage("all blocks", len(decoder.blocks))]
+        self._collector = InputCollector(_touched(plans.recipes, decoder.linears()))
 
     @torch.no_grad()
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
@@ -209,8 +212,6 @@ class OneShotCalibration:
 class GuidedCalibration:
     """One epoch of gradients and plans on the dense model, then another calibration that follows them."""
 
-    preparation = 1
-
     def __init__(
         self,
         model: nn.Module,
@@ -225,8 +226,7 @@ class GuidedCalibration:
         self._next = then(plans)
         self._gradients = OutputGradients(model, linears)
         self._collector = InputCollector(linears if recipe.scope == "model" else {})
-        self.epochs = 1 + self._next.epochs
-        self.titles: Sequence[str] = ["gradients of the dense model", *self._next.titles]
+        self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""
@@ -246,8 +246,9 @@ class GuidedCalibration:
             jobs = {
                 name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
                 for name, linear in self._collector.linears.items()
+                if recipes[name].scope == "model"
             }
-            recipes = plan_model(jobs)
+            recipes = {**recipes, **plan_model(jobs)}
         self._next = self._then(Plans(recipes, weights))
         return {}
 

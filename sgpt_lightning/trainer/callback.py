@@ -130,9 +130,9 @@ class SparseGPTCallback(Callback):
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
         check_target(self.target(trainer), least_bytes(network, self.recipe, pl_module.storage_dtype))
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
-        pl_module.epoch_titles = self._calibration.titles
-        trainer.fit_loop.max_epochs = self._first_epoch + self._calibration.epochs
-        trainer.check_val_every_n_epoch = self._calibration.epochs + 1
+        pl_module.epoch_titles = [stage.label for stage in self._calibration.stages]
+        trainer.fit_loop.max_epochs = self._first_epoch + len(self._calibration.stages)
+        trainer.check_val_every_n_epoch = len(self._calibration.stages) + 1
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +163,7 @@ class SparseGPTCallback(Callback):
     ) -> None:
         """Solve after the last batch of an epoch; show error and time left after every one."""
         assert self._calibration is not None
-        epochs, done = self._calibration.epochs, trainer.current_epoch - self._first_epoch
+        stages, done = self._calibration.stages, trainer.current_epoch - self._first_epoch
         if trainer.is_last_batch:
             if done == 0:
                 self._warn_of_few_tokens(_network(pl_module))
@@ -176,17 +176,17 @@ class SparseGPTCallback(Callback):
             if solved:
                 self._last_error = mean_error(solved.values())
                 self._block_seconds.append(now - self._block_started)
-                log_linears(trainer.loggers, solved, done - self._calibration.preparation)
+                log_linears(trainer.loggers, solved, stages[done - 1].blocks)
             self._block_started = now
-        self._show(pl_module, epochs - done)
+        self._show(pl_module, len(stages) - done)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model with the block that was just solved, the last time always."""
         assert self._calibration is not None
-        done = trainer.current_epoch - self._first_epoch + 1
-        blocks = done - self._calibration.preparation
-        if done == self._calibration.epochs:
-            self._measure("compressed", trainer, pl_module, len(find_decoder_blocks(_network(pl_module)).blocks))
+        stages, current = self._calibration.stages, trainer.current_epoch - self._first_epoch
+        blocks = stages[current].blocks
+        if current == len(stages) - 1:
+            self._measure("compressed", trainer, pl_module, blocks)
         elif self.validate_every_block and blocks:
             self._measure(f"after {blocks} blocks", trainer, pl_module, blocks)
 
@@ -249,7 +249,7 @@ class SparseGPTCallback(Callback):
     def _check_complete(self, trainer: Trainer) -> None:
         """Raise IncompleteRunError unless every epoch ran to its end."""
         assert self._calibration is not None
-        done, planned = trainer.current_epoch - self._first_epoch, self._calibration.epochs
+        done, planned = trainer.current_epoch - self._first_epoch, len(self._calibration.stages)
         # In on_train_end the last epoch is counted already, whatever ended the run.
         if done < planned or not self.solved:
             raise IncompleteRunError(

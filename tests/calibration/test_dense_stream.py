@@ -105,7 +105,7 @@ def test_one_pass_of_the_dense_model_has_nothing_to_compare_with(solves):
 def test_a_dense_block_is_kept_only_while_its_epoch_lasts():
     calibration = calibration_for("sequential", make_model("opt"), Recipe(parts={"gradients": False}), torch.float16)
     batches = make_batches(2)
-    for epoch in range(calibration.epochs):
+    for epoch in range(len(calibration.stages)):
         for index, batch in enumerate(batches):
             calibration.observe(epoch, index, batch)
             assert calibration._dense_block is not None

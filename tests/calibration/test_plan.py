@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from models_for_tests import make_batches, make_model
 from oracles import correlated_inputs, damped, random_weight, row_errors, second_moment
 
+from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.plan import LinearJob, plan_model
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.format.packing import pack_weight
-from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.recipe import LayerRule, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = {"wide": (48, 64), "tall": (96, 48), "small": (32, 64), "cheap": (64, 64)}
@@ -96,3 +98,16 @@ def test_a_budget_below_the_cheapest_choice_is_refused_with_the_least_that_would
     least = float(str(error.value).split("at least ")[1].split()[0])
     enough = jobs(collect, Recipe(target_bits_per_weight=least + 0.001, scope="model"))
     assert outcome(enough, plan_model(enough))[0] <= least + 0.001
+
+
+def test_a_linear_that_is_not_quantized_stays_out_of_the_models_budget():
+    model = make_model("opt")
+    recipe = Recipe(
+        scope="model", target_bits_per_weight=5.0, rules=[LayerRule("*.fc1", quantize=False, sparsity=0.25)]
+    )
+    solved = compress(model, make_batches(4), recipe)
+    for name, linear in solved.items():
+        assert (linear.report.mean_bits is None) == name.endswith("fc1")
+        assert not name.endswith("fc1") or linear.report.sparsity == 0.25
+    quantized = [linear for name, linear in solved.items() if not name.endswith("fc1")]
+    assert 8 * sum(x.packed.nbytes for x in quantized) <= 5.0 * sum(x.report.weights for x in quantized)
