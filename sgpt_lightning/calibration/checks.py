@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.core.budget import least_bits
 from sgpt_lightning.core.solver import check_pattern
 from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
@@ -32,14 +33,15 @@ def check_batch(model: nn.Module, batch: Mapping[str, Tensor], index: int) -> No
         )
 
 
-def check_model(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse, with the whole list of offenders, what would fail later.
+def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:
+    """Resolve the recipe for every linear, and refuse, with the whole list of offenders, what would fail later.
 
     Raises:
         ValueError: no decoder blocks, mixtures of experts, a quantized or compressed model, an ignore pattern or rule
             that matches nothing, nothing left to compress, or N:M groups that do not fit a linear.
     """
-    linears = find_decoder_blocks(model).linears()
+    decoder = find_decoder_blocks(model)
+    linears = decoder.linears()
     if is_marked_compressed(model):
         raise ValueError("the model was compressed before, or begun to be; start from a dense one")
     quantized = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -47,28 +49,29 @@ def check_model(model: nn.Module, recipe: Recipe) -> None:
     if quantized is not None or odd:
         raise ValueError(f"the model is already quantized ({quantized or ', '.join(odd[:4])}); start from a dense one")
     offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(list(linears))]
-    plans = []
+    recipes: dict[str, Recipe] = {}
     for name, linear in linears.items():
         try:
-            plans.append(recipe.for_linear(name))
-            if plans[-1] is not None:
-                check_pattern(plans[-1], weight_matrix(linear).shape[1], name)
+            resolved = recipe.for_linear(name)
+            if resolved is not None:
+                check_pattern(resolved, weight_matrix(linear).shape[1], name)
+                recipes[name] = resolved
         except ValueError as error:
             offenders.append(f"{name}: {error}")
-    if not any(plans) and not offenders:
+    if not recipes and not offenders:
         offenders.append("the recipe leaves every linear alone: set sparsity, pattern or target_avg_bits")
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
+    return Plans(decoder, recipes)
 
 
-def least_bytes(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> int:
+def least_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:
     """Return how many bytes the compressed model's file will have at least, whatever the solve finds."""
-    linears = find_decoder_blocks(model).linears()
-    matrices = {name: weight_matrix(linear).shape for name, linear in linears.items()}
+    matrices = {name: weight_matrix(linear).shape for name, linear in plans.decoder.linears().items()}
     storage_bits = 8 * storage_dtype.itemsize
     bits = sum(
-        least_bits(recipe.for_linear(name), (rows, columns), storage_bits) for name, (rows, columns) in matrices.items()
+        least_bits(plans.recipes.get(name), (rows, columns), storage_bits) for name, (rows, columns) in matrices.items()
     )
     rest = sum(parameter.numel() for parameter in model.parameters()) - sum(map(math.prod, matrices.values()))
     return int(bits) // 8 + rest * storage_dtype.itemsize

@@ -11,22 +11,39 @@ Every point is priced in true bits: codes, mask, ranges, offsets and the width o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgpt_lightning.core.allocation import choose_points, greedy_curve
 from sgpt_lightning.core.budget import count_survivors, fixed_bits
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solver import try_width
+from sgpt_lightning.models.blocks import DecoderBlocks
 from sgpt_lightning.recipe import Recipe
 
 SPARSITIES = (0.0, 0.2, 0.35, 0.5, 0.65)
 POINTS_PER_BIT = 8
 TRIAL_BITS = 3
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What is to be done to each linear of a model, made once, before the first block."""
+
+    decoder: DecoderBlocks
+    """The model's decoder blocks."""
+    recipes: Mapping[str, Recipe]
+    """Settings resolved for each linear, by full name; linears that are left alone are missing."""
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """What an error of each output channel costs the loss, `[out_features]`; empty if gradients were not asked for."""
+
+    def linears(self, block: int | None = None) -> dict[str, nn.Module]:
+        """Return the linears of one block, or of all, that something is to be done to."""
+        return {name: linear for name, linear in self.decoder.linears(block).items() if name in self.recipes}
 
 
 @dataclass(frozen=True)

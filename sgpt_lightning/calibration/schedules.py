@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sgpt_lightning.calibration.checks import check_model
+from sgpt_lightning.calibration.checks import plan_linears
 from sgpt_lightning.calibration.collector import (
     DenseReference,
     InputCollector,
@@ -32,10 +32,10 @@ from sgpt_lightning.calibration.collector import (
     watched_inputs,
 )
 from sgpt_lightning.calibration.gradients import OutputGradients
-from sgpt_lightning.calibration.plan import LinearJob, plan_model
-from sgpt_lightning.calibration.solving import Plans, solve_linears
+from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model
+from sgpt_lightning.calibration.solving import solve_linears
 from sgpt_lightning.format.records import SolvedLinear
-from sgpt_lightning.models.blocks import find_decoder_blocks, mark_compressed
+from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.models.replay import (
     BlockReplay,
@@ -62,6 +62,8 @@ class Stage(NamedTuple):
 class Calibration(Protocol):
     """What the callback and `compress` need of a way to calibrate."""
 
+    plans: Plans
+    """What is to be done to each linear."""
     stages: Sequence[Stage]
     """What each epoch is about, in order."""
 
@@ -78,11 +80,11 @@ class SequentialCalibration:
     Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
     """
 
-    def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
         self._model = model
-        self._decoder = find_decoder_blocks(model)
+        self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
-        self._plans = plans
+        self.plans = plans
         self._storage_dtype = storage_dtype
         self._inputs: list[PrologueOutput] = []
         self._observed = 0
@@ -124,7 +126,7 @@ class SequentialCalibration:
                 self._collector = InputCollector(group)
                 for batch_index in range(len(self._inputs)):
                     self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
-            solved |= solve_linears(group, self._collector, self._plans, self._storage_dtype)
+            solved |= solve_linears(group, self._collector, self.plans, self._storage_dtype)
         self._dense_block = None
         if epoch + 1 == len(self.stages):
             for kept in (self._inputs, self._token_masks, self._dense_hidden):
@@ -139,9 +141,9 @@ class SequentialCalibration:
 
     def _begin(self, epoch: int) -> None:
         """Find out which linears of the block share an input and when they run; keep a copy of the block."""
-        linears = _touched(self._plans.recipes, self._decoder.linears(epoch))
+        linears = self.plans.linears(epoch)
         self._groups = [linears]
-        if any(self._plans.recipes[name].solve_parts.true_sequential for name in linears):
+        if any(self.plans.recipes[name].solve_parts.true_sequential for name in linears):
             hidden, calls = self._inputs[0]
             with watched_inputs(linears) as inputs:
                 self._replay.run(epoch, hidden, calls[epoch])
@@ -189,13 +191,12 @@ class SequentialCalibration:
 class OneShotCalibration:
     """All blocks in one epoch, on the dense model's inputs."""
 
-    def __init__(self, model: nn.Module, plans: "Plans", storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
         self._model = model
-        self._plans = plans
+        self.plans = plans
         self._storage_dtype = storage_dtype
-        decoder = find_decoder_blocks(model)
-        self.stages: Sequence[Stage] = [Stage("all blocks", len(decoder.blocks))]
-        self._collector = InputCollector(_touched(plans.recipes, decoder.linears()))
+        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks))]
+        self._collector = InputCollector(plans.linears())
 
     @torch.no_grad()
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
@@ -206,7 +207,7 @@ class OneShotCalibration:
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve every linear."""
         mark_compressed(self._model)
-        return solve_linears(self._collector.linears, self._collector, self._plans, self._storage_dtype)
+        return solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
 
 
 class GuidedCalibration:
@@ -219,9 +220,9 @@ class GuidedCalibration:
         plans: Plans,
         then: Callable[[Plans], Calibration],
     ) -> None:
-        linears = _touched(plans.recipes, find_decoder_blocks(model).linears())
+        linears = plans.linears()
         self._recipe = recipe
-        self._plans = plans
+        self.plans = plans
         self._then = then
         self._next = then(plans)
         self._gradients = OutputGradients(model, linears)
@@ -240,8 +241,8 @@ class GuidedCalibration:
         """Plan at the end of epoch 0; solve at the end of later ones."""
         if epoch:
             return self._next.finish(epoch - 1)
-        weights = {name: self._gradients.row_weights(name) for name in self._plans.recipes}
-        recipes = self._plans.recipes
+        weights = {name: self._gradients.row_weights(name) for name in self.plans.recipes}
+        recipes = self.plans.recipes
         if self._recipe.scope == "model":
             jobs = {
                 name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
@@ -249,7 +250,8 @@ class GuidedCalibration:
                 if recipes[name].scope == "model"
             }
             recipes = {**recipes, **plan_model(jobs)}
-        self._next = self._then(Plans(recipes, weights))
+        self.plans = Plans(self.plans.decoder, recipes, weights)
+        self._next = self._then(self.plans)
         return {}
 
 
@@ -261,9 +263,7 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
     }
     if mode not in kinds:
         raise ValueError(f"calibration must be one of {', '.join(kinds)}, got {mode!r}")
-    check_model(model, recipe)
-    found = {name: recipe.for_linear(name) for name in find_decoder_blocks(model).linears()}
-    plans = Plans({name: plan for name, plan in found.items() if plan is not None})
+    plans = plan_linears(model, recipe)
 
     def start(plans: Plans) -> Calibration:
         return kinds[mode](model, plans, storage_dtype)
@@ -271,7 +271,3 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
         return GuidedCalibration(model, recipe, plans, start)
     return start(plans)
-
-
-def _touched(plans: Mapping[str, Recipe], linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: linear for name, linear in linears.items() if name in plans}

@@ -2,34 +2,23 @@
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix, weight_matrix
-from sgpt_lightning.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Plans:
-    """What is to be done to each linear, by full name."""
-
-    recipes: Mapping[str, Recipe]
-    """Settings resolved for each linear; linears that are left alone are missing."""
-    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """What an error of each output channel costs the loss, `[out_features]`; empty if gradients were not asked for."""
 
 
 def solve_linears(
     linears: Mapping[str, nn.Module],
     collector: InputCollector,
-    plans: "Plans",
+    plans: Plans,
     storage_dtype: torch.dtype,
 ) -> dict[str, SolvedLinear]:
     """Solve each linear, write stored weight and bias back into the module, and return what to store.

@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -28,7 +29,7 @@ from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import SolvedLinear
-from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
+from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.models.replay import padding_mask
 from sgpt_lightning.recipe import Recipe
@@ -128,7 +129,7 @@ class SparseGPTCallback(Callback):
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
         self._seen, self._block_seconds = _TextSeen(0, 0), []
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
-        check_target(self.target(trainer), least_bytes(network, self.recipe, pl_module.storage_dtype))
+        check_target(self.target(trainer), least_bytes(network, self._calibration.plans, pl_module.storage_dtype))
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.epoch_titles = [stage.label for stage in self._calibration.stages]
         trainer.fit_loop.max_epochs = self._first_epoch + len(self._calibration.stages)
@@ -166,7 +167,7 @@ class SparseGPTCallback(Callback):
         stages, done = self._calibration.stages, trainer.current_epoch - self._first_epoch
         if trainer.is_last_batch:
             if done == 0:
-                self._warn_of_few_tokens(_network(pl_module))
+                self._warn_of_few_tokens(self._calibration.plans.linears())
             started = time.perf_counter()
             solved = self._calibration.finish(done)
             self._seconds["solve"] += time.perf_counter() - started
@@ -198,14 +199,14 @@ class SparseGPTCallback(Callback):
         """
         assert isinstance(pl_module, CausalLMModule)
         self._check_complete(trainer)
-        network = _network(pl_module)
+        assert self._calibration is not None
         run = {
             "model": pl_module.path,
             "calibration": {"mode": self.calibration, "protocol": self._calibration_protocol(trainer)},
             "recipe": asdict(self.recipe),
             "perplexity": self._perplexity | {"protocol": _protocols(trainer, pl_module)},
             "seconds": self._seconds,
-            "blocks": len(find_decoder_blocks(network).blocks),
+            "blocks": len(self._calibration.plans.decoder.blocks),
             "versions": versions(),
         }
         self.manifest = self._save(trainer, pl_module, run)
@@ -316,8 +317,7 @@ class SparseGPTCallback(Callback):
         self._measure_seconds = time.perf_counter() - started
         self._seconds["evaluate"] += self._measure_seconds
 
-    def _warn_of_few_tokens(self, network: nn.Module) -> None:
-        linears = find_decoder_blocks(network).linears()
+    def _warn_of_few_tokens(self, linears: Mapping[str, nn.Module]) -> None:
         widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
         inputs = weight_matrix(linears[widest]).shape[1]
         if self._seen.tokens < inputs:

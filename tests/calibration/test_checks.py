@@ -7,7 +7,7 @@ from models_for_tests import make_batches, make_model
 from runs_for_tests import make_loader, make_trainer
 from torch import nn
 
-from sgpt_lightning.calibration.checks import least_bytes
+from sgpt_lightning.calibration.checks import least_bytes, plan_linears
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import SequentialCalibration, calibration_for
 from sgpt_lightning.checkpoint.save import save_compressed
@@ -132,7 +132,7 @@ def test_blocks_of_several_classes_are_named_as_such():
 )
 def test_the_predicted_bytes_are_a_lower_bound_and_not_far_below(settings, share, tmp_path):
     model, recipe = make_model("opt").half().float(), Recipe(**settings)
-    predicted = least_bytes(model, recipe, torch.float16)
+    predicted = least_bytes(model, plan_linears(model, recipe), torch.float16)
     solved = compress(model, make_batches(3), recipe, storage_dtype=torch.float16)
     ledger = save_compressed(tmp_path / "model", model, solved, storage_dtype=torch.float16).ledger
     stored = ledger.file - ledger.headers
