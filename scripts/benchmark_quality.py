@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.save import save_compressed
-from sgpt_lightning.core import solver
+from sgpt_lightning.core import rounding
 from sgpt_lightning.core.grids import fit_affine_grid, quantize_matrix
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.evaluation.evaluate import evaluate
@@ -216,7 +216,7 @@ def _by_threshold(model: nn.Module, batches: Batches) -> dict[str, SolvedLinear]
         return (2 + 2 * (relative > low) + 4 * (relative > high)).to(torch.uint8)
 
     recipe = Recipe(preset="sparsegpt", allocation="quantile", uniform_if_better=False)
-    with mock.patch.object(solver, "allocate_quantile", rule):
+    with mock.patch.object(rounding, "allocate_quantile", rule):
         return compress(model, batches, recipe, storage_dtype=torch.float16)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -21,6 +22,8 @@ from sgpt_lightning.suggest import did_you_mean
 
 COMMANDS = ("fit", "validate", "inspect")
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
+GRACE_SECONDS = 5.0
+"""Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
 HELP = """usage: sgpt COMMAND ...
 
   sgpt fit --config FILE       compress a model: perplexity, calibrate, solve, perplexity, save
@@ -108,6 +111,11 @@ def _dispatch(arguments: Sequence[str]) -> None:
     return run()
 
 
+def _end_at_once() -> None:
+    print(f"sgpt: still busy {GRACE_SECONDS:g} s after SIGTERM: logs are not closed", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
+
+
 @contextmanager
 def _sigterm_raises() -> Iterator[list[int]]:
     """Raise Terminated where SIGTERM finds the program, at once: a scheduler kills a few seconds later.
@@ -116,8 +124,12 @@ def _sigterm_raises() -> Iterator[list[int]]:
         The signals received so far.
     """
     received: list[int] = []
+    last_resort = threading.Timer(GRACE_SECONDS, _end_at_once)
+    last_resort.daemon = True
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if not received:  # an exception within somebody's lock can leave a thread to wait for, as TensorBoard does
+            last_resort.start()
         received.append(number)
         raise Terminated
 
@@ -125,4 +137,5 @@ def _sigterm_raises() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        last_resort.cancel()
         signal.signal(signal.SIGTERM, before)

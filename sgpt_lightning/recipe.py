@@ -17,75 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-Allocation = Literal["uniform", "quantile", "budget", "loss", "rows"]
-Preset = Literal["best", "sparsegpt", "gptq"]
+from sgpt_lightning.presets import PRESETS, Allocation, Parts, Preset
+
 Scope = Literal["layer", "model"]
+
 MAX_BITS = 8
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of the solve; the values here are those of the preset `best`, 0 and False switch a part off."""
-
-    centre: bool = True
-    """Let the bias carry the mean of the error, and solve for what varies (linears that have a bias)."""
-    alpha: float = 0.5
-    """How far the target moves from the weight (0) towards the best answer to the dense model's outputs (1)."""
-    stream_alpha: float = 0.5
-    """The same for the error that the residual stream already has where a linear writes into it; needs `alpha` > 0."""
-    gradients: bool = True
-    """Weigh the rows of a linear by what their error costs the model's loss (one backward pass of the dense model)."""
-    true_sequential: bool = True
-    """Collect the inputs of a block's linears anew when those before them are compressed."""
-    act_order: bool = True
-    """Solve the columns with the largest Hessian diagonal first."""
-    mask_steps: int = 30
-    """Steps of ADMM that choose the mask; without, a sweep chooses it."""
-    refit_steps: int = 20
-    """Steps of conjugate gradient that fit the survivors to the mask."""
-    zero_free: bool = True
-    """Spend no code on zero where a mask says what is zero."""
-    range_search: bool = True
-    """Search the range of each row instead of taking its minimum and maximum."""
-    descent_passes: int = 1
-    """Passes of coordinate descent over the codes, ranges refitted after each."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError naming the part and the value."""
-        for name in ("alpha", "stream_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"parts.{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("mask_steps", "refit_steps", "descent_passes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"parts.{name} must not be negative, got {getattr(self, name)}")
-
-
-class _PresetValues(NamedTuple):
-    parts: Parts
-    sparsity: float
-    allocation: Allocation
-
-
-_PAPER = Parts(
-    centre=False,
-    alpha=0.0,
-    stream_alpha=0.0,
-    gradients=False,
-    true_sequential=False,
-    act_order=False,
-    mask_steps=0,
-    refit_steps=0,
-    zero_free=False,
-    range_search=False,
-    descent_passes=0,
-)
-PRESETS: dict[Preset, _PresetValues] = {
-    "best": _PresetValues(Parts(), 0.5, "rows"),
-    "sparsegpt": _PresetValues(_PAPER, 0.5, "uniform"),
-    "gptq": _PresetValues(_PAPER, 0.0, "uniform"),
-}
 
 
 @dataclass(frozen=True)
@@ -131,6 +69,10 @@ class LayerRule:
     """How widths are dealt to channels."""
     quantize: bool | None = None
     """False leaves the survivors in 16 or 32 bits, as `target_avg_bits` cannot say here: None keeps the recipe's."""
+
+    def __post_init__(self) -> None:
+        """Raise TypeError if `match` is no text."""
+        _check_type("match", self.match, (str,))
 
     def overrides(self) -> dict[str, object]:
         """Return the recipe's fields that this rule sets."""
@@ -201,8 +143,8 @@ class Recipe:
         for rule in self.rules:
             try:
                 self._with(rule)
-            except ValueError as error:
-                raise ValueError(f"rule for {rule.match!r}: {error}") from error
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rule for {rule.match!r}: {error}") from error
 
     def _check_types(self) -> None:
         number, whole, listed = (int, float), (int,), (list, tuple)

@@ -18,7 +18,8 @@ from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.format.packing import pack_weight
 from sgpt_lightning.format.records import LinearReport, describe_linear
 from sgpt_lightning.models.linears import is_conv1d, set_weight_matrix, weight_matrix
-from sgpt_lightning.recipe import Allocation, Recipe
+from sgpt_lightning.presets import Allocation
+from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.stats import QuantizationStats
 
 DEFAULT_TARGET_AVG_BITS = 4.0

@@ -13,7 +13,8 @@ from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.models.names import load_tokenizer
-from sgpt_lightning.recipe import PRESETS, Recipe
+from sgpt_lightning.presets import PRESETS
+from sgpt_lightning.recipe import Recipe
 
 
 def _collect(inputs: Tensor) -> InputStatistics:

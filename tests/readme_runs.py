@@ -12,7 +12,7 @@ import pytest
 
 from sgpt_lightning.cli import main
 from sgpt_lightning.models import names as models
-from sgpt_lightning.recipe import PRESETS
+from sgpt_lightning.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Parts, Recipe, parse_pattern
+from sgpt_lightning.presets import Parts
+from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Recipe, parse_pattern
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.0.fc2", "model.layers.1.fc2"]
 
@@ -217,3 +218,10 @@ def test_a_rule_can_leave_a_linear_unquantized_and_prune_it_all_the_same(setting
 def test_a_rule_that_quantizes_to_nothing_is_refused():
     with pytest.raises(ValueError, match=r"rule for '\*\.fc1': quantize=False leaves no code.*target_avg_bits=3"):
         Recipe(rules=[LayerRule("*.fc1", quantize=False, target_avg_bits=3)])
+
+
+def test_a_rule_whose_match_is_no_text_or_whose_value_has_another_type_is_refused():
+    with pytest.raises(TypeError, match="match must be str, got 3"):
+        LayerRule(3)
+    with pytest.raises(TypeError, match=r"rule for '\*': sparsity must be int or float, got 'x'"):
+        Recipe(rules=[LayerRule("*", sparsity="x")])

@@ -14,22 +14,32 @@ from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.recipe import Recipe
 
 
-def check_batch(model: nn.Module, batch: Mapping[str, Tensor], index: int) -> None:
-    """Refuse a calibration batch that the model cannot run; `index` is for the message.
+def check_batch(model: nn.Module, batch: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a batch that the model cannot run.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids` integers `[batch, time]`, and whatever else.
+        what: what to call the batch in messages, such as `calibration batch 3`.
 
     Raises:
-        TypeError: it is no mapping with `input_ids`.
-        ValueError: `input_ids` is not `[batch, time]`, or longer than the model has positions.
+        TypeError: it is no mapping with `input_ids`, or they are no integers.
+        ValueError: `input_ids` is not `[batch, time]`, longer than the model has positions, or holds an id that is not
+            in its vocabulary.
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise TypeError(f"calibration batch {index} must be a mapping with `input_ids`, got {type(batch).__name__}")
-    shape = tuple(batch["input_ids"].shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"input_ids of calibration batch {index} must be [batch, time], got shape {list(shape)}")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and shape[1] > positions:
+        raise TypeError(f"{what} must be a mapping with `input_ids`, got {type(batch).__name__}")
+    ids, config = batch["input_ids"], getattr(model, "config", None)
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"input_ids of {what} must be integers, got {ids.dtype}")
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"input_ids of {what} must be [batch, time], got shape {list(ids.shape)}")
+    positions, words = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(f"{what} has windows of {ids.shape[1]} tokens, the model has {positions} positions")
+    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
         raise ValueError(
-            f"calibration batch {index} has windows of {shape[1]} tokens, the model has {positions} positions"
+            f"input_ids of {what} must be below the vocabulary's {words}, got {int(ids.min())} to {int(ids.max())}"
         )
 
 

@@ -129,7 +129,7 @@ class InputCollector:
     def statistics(self, name: str) -> InputStatistics:
         """Return what the linear called `name` has seen; raises ValueError if it was never run."""
         if name not in self._leader:
-            raise ValueError(f"{name} saw no token during calibration")
+            raise ValueError(f"{name} saw no token during calibration: nothing calls it; put it into `ignore`")
         return self._statistics[self._leader[name]]
 
     @contextmanager

@@ -43,7 +43,7 @@ def compress(
     if isinstance(batches, Iterator):
         raise TypeError(f"batches must be a list or a loader, got a {type(batches).__name__}: blocks need them again")
     for index, batch in enumerate(batches):
-        check_batch(model, batch, index)
+        check_batch(model, batch, f"calibration batch {index}")
     calibration = calibration_for(mode, model, recipe, storage_dtype or next(model.parameters()).dtype)
     solved: dict[str, SolvedLinear] = {}
     with evaluation_mode(model):

@@ -107,7 +107,7 @@ class SequentialCalibration:
                 self._dense_hidden.append(self._inputs[-1].hidden)
         else:
             if batch_index >= len(self._inputs):
-                raise self._other_count(epoch, batch_index + 1)
+                raise other_count(epoch, batch_index + 1, len(self._inputs))
             hidden, calls = self._inputs[batch_index]
             self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
         if batch_index == 0:
@@ -118,7 +118,7 @@ class SequentialCalibration:
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
         if self._observed != len(self._inputs):
-            raise self._other_count(epoch, self._observed)
+            raise other_count(epoch, self._observed, len(self._inputs))
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         for position, group in enumerate(self._groups):
@@ -132,12 +132,6 @@ class SequentialCalibration:
             for kept in (self._inputs, self._token_masks, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
-
-    def _other_count(self, epoch: int, batches: int) -> ValueError:
-        return ValueError(
-            f"epoch {epoch} has {batches} batches or more, the first had {len(self._inputs)}: every epoch must bring "
-            "the same batches in the same order"
-        )
 
     def _begin(self, epoch: int) -> None:
         """Find out which linears of the block share an input and when they run; keep a copy of the block."""
@@ -225,12 +219,17 @@ class GuidedCalibration:
         self.plans = plans
         self._then = then
         self._next = then(plans)
+        self._batches = self._repeated = 0
         self._gradients = OutputGradients(model, linears)
         self._collector = InputCollector(linears if recipe.scope == "model" else {})
         self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""
+        if epoch == 0:
+            self._batches = batch_index + 1
+        elif epoch == 1:
+            self._repeated = batch_index + 1
         if epoch:
             self._next.observe(epoch - 1, batch_index, batch)
             return
@@ -239,6 +238,8 @@ class GuidedCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Plan at the end of epoch 0; solve at the end of later ones."""
+        if epoch == 1 and self._repeated != self._batches:
+            raise other_count(epoch, self._repeated, self._batches)
         if epoch:
             return self._next.finish(epoch - 1)
         weights = {name: self._gradients.row_weights(name) for name in self.plans.recipes}
@@ -271,3 +272,11 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
         return GuidedCalibration(model, recipe, plans, start)
     return start(plans)
+
+
+def other_count(epoch: int, batches: int, first: int) -> ValueError:
+    """Return the error for an epoch whose batches cannot be those of the first."""
+    return ValueError(
+        f"epoch {epoch} has {batches} batches or more, the first had {first}: every epoch must bring the same batches "
+        "in the same order"
+    )

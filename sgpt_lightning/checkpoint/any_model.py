@@ -28,7 +28,7 @@ def load_dense(name: str, **options: Any) -> nn.Module:
     directory = find_model(name)
     try:
         with own_random_state():  # transformers may initialize before it loads
-            model = AutoModelForCausalLM.from_pretrained(str(directory or name), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(directory or name), trust_remote_code=False, **options)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of model path {name!r} cannot be read, a file is truncated or damaged: {error}; "

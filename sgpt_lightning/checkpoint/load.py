@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError, read_settled
+from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
 from sgpt_lightning.format.manifest import CONFIG, GENERATION_CONFIG, Manifest, check_files
-from sgpt_lightning.format.packing import PackedWeight, WeightSpec, check_sizes, unpack_weight
+from sgpt_lightning.format.packing import unpack_weight
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.models.linears import is_conv1d

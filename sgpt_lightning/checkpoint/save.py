@@ -18,7 +18,7 @@ Left out: registration with transformers, so that `from_pretrained` reads the di
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,35 @@ def save_compressed(
         manifest.write(partial)
         _verify(partial, tensors)
     return manifest
+
+
+def save_or_rescue(
+    places: Sequence[Path], model: nn.Module, solved: Mapping[str, SolvedLinear], **options: Any
+) -> Manifest:
+    """Write a compressed model to the first of some places; where that fails, to the next, and raise all the same.
+
+    Args:
+        places: the directory that is meant, and others for what would be lost.
+        model: as for `save_compressed`, and so are `solved` and the options.
+        solved: what to store in place of the linears' weights.
+        options: keywords of `save_compressed`.
+
+    Raises:
+        OSError: the first place could not be written; says where the model is now.
+    """
+    target, *others = places
+    try:
+        return save_compressed(target, model, solved, **options)
+    except OSError as error:
+        for rescued in others:
+            try:
+                save_compressed(rescued, model, solved, **options)
+            except OSError:
+                continue
+            raise OSError(
+                f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
+            ) from error
+        raise
 
 
 def _write_config(directory: Path, model: Any, tokenizer: Any) -> None:

@@ -61,7 +61,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
     """
     if not bool(torch.isfinite(hessian).all()):
         raise HessianError(f"the Hessian of {name or 'the linear'} holds NaN or inf: an input overflowed")
-    dead = hessian.diagonal() <= 0
+    dead, tried = hessian.diagonal() <= 0, damp_percent
     for dtype in (torch.float32, torch.float64):
         percent = damp_percent
         while percent <= max(MAX_DAMP_PERCENT, damp_percent):
@@ -69,10 +69,9 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
             if factor is not None:
                 status: DampStatus = "ok" if percent == damp_percent else "damped"
                 return InverseFactor(factor.float(), dead, percent, "float64" if dtype == torch.float64 else status)
-            percent *= 10
+            percent, tried = percent * 10, percent
     raise HessianError(
-        f"the Hessian of {name or 'the linear'} is not positive definite, not even with {percent / 10:.0%} damping "
-        "in float64"
+        f"the Hessian of {name or 'the linear'} is not positive definite, not even with {tried:.0%} damping in float64"
     )
 
 
@@ -91,5 +90,6 @@ def _factor(matrix: Tensor) -> Tensor | None:
     if int(info) != 0:
         return None
     upper = lower.flip(0, 1)
-    factor = torch.linalg.solve_triangular(upper, torch.eye(len(matrix)).to(upper), upper=True)
+    identity = torch.eye(len(matrix), dtype=upper.dtype, device=upper.device)
+    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor if bool(torch.isfinite(factor).all()) else None

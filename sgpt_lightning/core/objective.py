@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.problem import InputProblem, SharedInput
-from sgpt_lightning.recipe import Parts
+from sgpt_lightning.presets import Parts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
-from sgpt_lightning.format.packing import WeightSpec
+from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.records import LinearReport
 
 FORMAT_VERSION = 3

@@ -11,8 +11,9 @@ import torch
 from sgpt_lightning.core.hessian import DampStatus
 from sgpt_lightning.core.sizes import Layout
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.format.packing import PackedWeight
-from sgpt_lightning.recipe import MAX_BITS, Allocation
+from sgpt_lightning.format.layout import PackedWeight
+from sgpt_lightning.presets import Allocation
+from sgpt_lightning.recipe import MAX_BITS
 
 
 @dataclass(frozen=True)

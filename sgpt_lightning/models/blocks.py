@@ -52,7 +52,7 @@ def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
     experts = [nested for nested in lists if nested.startswith(f"{path}.")] + _weights_of_three_dimensions(found)
     if experts:
         raise ValueError(
-            "mixtures of experts and other linears in lists or in 3-D parameters within a block are not supported, "
+            "weights in lists or 3-D parameters within a block (mixtures of experts, time mixing) are not supported, "
             f"found {', '.join(experts[:4])}" + (f" and {len(experts) - 4} more" if len(experts) > 4 else "")
         )
     return found

@@ -5,7 +5,7 @@ Everything is derived from the manifest that was written with the model, so the 
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,23 @@ def linears_table(manifest: Manifest) -> str:
     return table_of_linears(linear_reports(manifest), details=True)
 
 
-def status_line(linears: Sequence[LinearReport]) -> str:
-    """Return how many linears were solved, and which needed more than the recipe's damping."""
+def status_line(manifest: Manifest) -> str:
+    """Return how many linears were solved, which needed more than the recipe's damping, and how much was left alone."""
+    linears = linear_reports(manifest)
     odd = [
         f"{linear.name} ({linear.status}, damping {linear.damp_percent:g})"
         for linear in linears
         if linear.status != "ok"
     ]
     average = mean_bits(linears)
-    bits = "nothing quantized" if average is None else f"mean {average:.3f} code bits per surviving weight"
-    return f"{len(linears)} linears solved, {bits}; " + (
-        "all as asked" if not odd else f"not as asked: {', '.join(odd)}"
-    )
+    parts = [
+        f"{len(linears)} linears solved",
+        "nothing quantized" if average is None else f"mean {average:.3f} code bits per surviving weight",
+    ]
+    left = 1 - sum(linear.weights for linear in linears) / max(manifest.ledger.linear_weights, 1)
+    if left > 0:
+        parts.append(f"{left:.1%} of the linears' weights left as they were")
+    return ", ".join(parts) + ("; all as asked" if not odd else f"; not as asked: {', '.join(odd)}")
 
 
 def inspection(directory: Path, manifest: Manifest) -> str:
@@ -126,7 +131,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
         summary_table(manifest),
         ledger_table(manifest),
         linears_table(manifest),
-        "\n".join([status_line(linear_reports(manifest)), *map(_protocol_line, protocols, protocols.values())]),
+        "\n".join([status_line(manifest), *map(_protocol_line, protocols, protocols.values())]),
     ]
     return "\n\n".join(parts)
 

@@ -1,22 +1,19 @@
 """The Lightning callback: when to watch, when to solve, when to measure, and where the results go.
 
 Epoch k is block k (one epoch in all when calibration is one-shot), after one epoch of gradients where the recipe uses
-them. The solve runs when the last batch of an epoch has
-ended and not in `on_train_epoch_end`: Lightning validates before that hook, so perplexities would lag one block and
-validation text would leak into the Hessians. Lightning's own validation schedule is switched off for the same reason;
-the callback runs the Trainer's validation loop itself: dense, compressed, and between blocks if asked.
+them. The solve runs when the last batch of an epoch has ended and not in `on_train_epoch_end`: Lightning validates
+before that hook, so perplexities would lag one block and validation text would leak into the Hessians. Lightning's own
+schedule of validation is off for the same reason; the callback runs the Trainer's validation loop itself.
 """
 
 import json
-import os
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -25,32 +22,29 @@ from torch import nn
 from sgpt_lightning.calibration.checks import check_batch, least_bytes
 from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
 from sgpt_lightning.calibration.solving import mean_error
-from sgpt_lightning.checkpoint.save import save_compressed
+from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.models.linears import weight_matrix
-from sgpt_lightning.models.replay import padding_mask
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report.run import linear_reports, report_dict, status_line, summary_table, versions
+from sgpt_lightning.report.run import report_dict, status_line, summary_table, versions
 from sgpt_lightning.trainer.logs import log_linears, log_perplexity, log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import seconds_left
-from sgpt_lightning.trainer.setup import TrainerSettings, check_report_path, check_trainer, report_path, run_directory
+from sgpt_lightning.trainer.protocols import TextSeen, calibration_protocol, evaluation_protocols
+from sgpt_lightning.trainer.setup import (
+    IncompleteRunError,
+    TrainerSettings,
+    check_report_path,
+    check_trainer,
+    report_path,
+    rescue_places,
+    run_directory,
+)
 
 DEFAULT_RECIPE = Recipe()
-
-
-class IncompleteRunError(RuntimeError):
-    """A run that ended before all linears were solved; nothing was written."""
-
-
-class _TextSeen(NamedTuple):
-    """Calibration text that really went in; padding is not counted."""
-
-    windows: int
-    tokens: int
 
 
 class SparseGPTCallback(Callback):
@@ -90,7 +84,7 @@ class SparseGPTCallback(Callback):
         self._calibration: Calibration | None = None
         self._settings: TrainerSettings | None = None
         self._first_epoch = 0
-        self._seen = _TextSeen(0, 0)
+        self._seen = TextSeen(0, 0)
         self._perplexity: dict[str, dict[str, float]] = {}
         self._seconds: dict[str, float] = {}
         self._last_error: float | None = None
@@ -127,7 +121,7 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
-        self._seen, self._block_seconds = _TextSeen(0, 0), []
+        self._seen, self._block_seconds = TextSeen(0, 0), []
         self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
         check_target(self.target(trainer), least_bytes(network, self._calibration.plans, pl_module.storage_dtype))
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
@@ -154,8 +148,8 @@ class SparseGPTCallback(Callback):
         started = time.perf_counter()
         epoch = trainer.current_epoch - self._first_epoch
         if epoch == 0:
-            check_batch(_network(pl_module), batch, batch_idx)
-            self._count(batch)
+            check_batch(_network(pl_module), batch, f"calibration batch {batch_idx}")
+            self._seen = self._seen.with_batch(batch)
         self._calibration.observe(epoch, batch_idx, batch)
         self._seconds["calibrate"] += time.perf_counter() - started
 
@@ -202,28 +196,31 @@ class SparseGPTCallback(Callback):
         assert self._calibration is not None
         run = {
             "model": pl_module.path,
-            "calibration": {"mode": self.calibration, "protocol": self._calibration_protocol(trainer)},
+            "calibration": {"mode": self.calibration, "protocol": calibration_protocol(trainer, self._seen)},
             "recipe": asdict(self.recipe),
-            "perplexity": self._perplexity | {"protocol": _protocols(trainer, pl_module)},
+            "perplexity": self._perplexity | {"protocol": evaluation_protocols(trainer, pl_module)},
             "seconds": self._seconds,
             "blocks": len(self._calibration.plans.decoder.blocks),
             "versions": versions(),
         }
-        self.manifest = self._save(trainer, pl_module, run)
+        self.manifest = save_or_rescue(
+            [self.target(trainer), *rescue_places(trainer)],
+            _network(pl_module),
+            self.solved,
+            storage_dtype=pl_module.storage_dtype,
+            tokenizer=pl_module.tokenizer,
+            run=run,
+        )
         report = report_path(trainer)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(report_dict(self.manifest), indent=1) + "\n")
         log_run(trainer.loggers, self.manifest)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, after the progress bar has ended.
-
-        Raises:
-            IncompleteRunError: there was not a single batch to calibrate on.
-        """
+        """Print the table, after the progress bar has ended; IncompleteRunError if there was not a single batch."""
         self._check_complete(trainer)
         assert self.manifest is not None
-        print(f"\n{summary_table(self.manifest)}\n\n{status_line(linear_reports(self.manifest))}")
+        print(f"\n{summary_table(self.manifest)}\n\n{status_line(self.manifest)}")
         print(f"compressed model: {self.target(trainer)}\nreport: {report_path(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -259,46 +256,12 @@ class SparseGPTCallback(Callback):
                 "limit_train_batches or a callback that stops the run"
             )
 
-    def _save(self, trainer: Trainer, pl_module: CausalLMModule, run: dict[str, Any]) -> Manifest:
-        """Write the model to its target; where that fails, somewhere else, and raise all the same."""
-
-        def save(directory: Path) -> Manifest:
-            return save_compressed(
-                directory,
-                _network(pl_module),
-                self.solved,
-                storage_dtype=pl_module.storage_dtype,
-                tokenizer=pl_module.tokenizer,
-                run=run,
-            )
-
-        target = self.target(trainer)
-        try:
-            return save(target)
-        except OSError as error:
-            for elsewhere in (run_directory(trainer), Path(tempfile.gettempdir())):
-                rescued = elsewhere / f"rescued-{os.getpid()}"
-                try:
-                    save(rescued)
-                except OSError:
-                    continue
-                raise OSError(
-                    f"the compressed model could not be written to {target} ({error}), but to {rescued}: move it"
-                ) from error
-            raise
-
     def _show(self, pl_module: LightningModule, remaining: int) -> None:
         """Give the progress bar the error of the last block and the time that is left."""
         running = time.perf_counter() - self._block_started
         left = seconds_left(self._block_seconds, running, remaining, closing=self._measure_seconds)
         if self._last_error is not None and left is not None:
             pl_module.log_dict({"error": self._last_error, "seconds_left": left}, prog_bar=True, logger=False)
-
-    def _count(self, batch: Any) -> None:
-        mask, ids = padding_mask(batch), batch["input_ids"]
-        windows = len(ids) if mask is None else int(mask.any(1).sum())
-        tokens = ids.numel() if mask is None else int(mask.sum())
-        self._seen = _TextSeen(self._seen.windows + windows, self._seen.tokens + tokens)
 
     def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
         """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
@@ -327,38 +290,8 @@ class SparseGPTCallback(Callback):
                 stacklevel=2,
             )
 
-    def _calibration_protocol(self, trainer: Trainer) -> dict[str, Any]:
-        """Return how the calibration text was made, by the data module's word, and how much of it went in."""
-        protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
-        return _as_used({} if protocol is None else asdict(protocol), self._seen.windows, "trainer.limit_train_batches")
-
 
 def _network(pl_module: LightningModule) -> nn.Module:
     assert isinstance(pl_module, CausalLMModule)
     assert pl_module.network is not None, "configure_model() comes first"
     return pl_module.network
-
-
-def _protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, dict[str, Any]]:
-    """Return how each perplexity was measured: the text's protocol, and the model's dtype and attention."""
-    texts = getattr(getattr(trainer, "datamodule", None), "protocols", {})
-    model = {
-        "dtype": str(pl_module.dtype).removeprefix("torch."),
-        "attn_implementation": getattr(_network(pl_module).config, "_attn_implementation", None),
-    }
-    return {
-        name: _as_used(asdict(texts[name]) if name in texts else {}, measured.windows, "trainer.limit_val_batches")
-        | model
-        for name, measured in pl_module.measured.items()
-    }
-
-
-def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:
-    """Return a text's protocol with the number of windows that were really used."""
-    used: dict[str, Any] = {"windows": windows}
-    if protocol and windows != protocol["windows"]:
-        used |= {
-            "selection": f"{protocol['selection']}, of which the first {windows} ({limit})",
-            "tokens": windows * protocol["seq_len"],
-        }
-    return protocol | used

@@ -24,10 +24,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from sgpt_lightning.suggest import did_you_mean
-from sgpt_lightning.trainer.callback import IncompleteRunError, SparseGPTCallback
+from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import CompressionProgressBar, ProgressLines
+from sgpt_lightning.trainer.setup import IncompleteRunError
 
 USAGE = {
     "fit": "sgpt fit --config FILE [--model.path MODEL] [--sgpt.recipe.sparsity 0.5] ...",

@@ -110,7 +110,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.calibration = calibration
-        self.evaluation = (evaluation,) if isinstance(evaluation, str) else tuple(evaluation)
+        self.evaluation = (evaluation,) if isinstance(evaluation, str) else tuple(evaluation or ())
         self.num_samples = num_samples
         self.eval_windows = eval_windows
         self.batch_size = batch_size

@@ -13,9 +13,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.perplexity import Perplexity
-from sgpt_lightning.models.names import find_model, load_tokenizer
+from sgpt_lightning.models.hub import hub_help
+from sgpt_lightning.models.names import MODEL_REMEDY, find_model, load_tokenizer
 from sgpt_lightning.models.replay import model_inputs
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -122,9 +124,15 @@ class CausalLMModule(LightningModule):
         self.perplexities = nn.ModuleList(Perplexity() for _ in range(loaders)).to(self.device)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the perplexity of its data set."""
+        """Add a batch to the perplexity of its data set.
+
+        Raises:
+            TypeError, ValueError: the model cannot run it; see `check_batch`.
+        """
         metric = self.perplexities[dataloader_idx]
         assert isinstance(metric, Perplexity)
+        assert self.network is not None
+        check_batch(self.network, batch, f"evaluation batch {batch_idx}")
         metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
 
     def on_validation_epoch_end(self) -> None:
@@ -154,8 +162,7 @@ class CausalLMModule(LightningModule):
         """
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(
-                f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start the run again "
-                "without it; its settings and seed give the same result"
+                f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start again without it"
             )
         checkpoint["state_dict"]["clock"] = self.clock.detach()
 
@@ -178,7 +185,12 @@ def _read_config(path: str) -> Any:
     directory = find_model(path)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(directory or path))
+    try:
+        return AutoConfig.from_pretrained(str(directory or path), trust_remote_code=False)
+    except OSError as error:
+        if directory is not None:
+            raise
+        raise ConnectionError(hub_help(f"the model path {path!r}", str(error), MODEL_REMEDY)) from error
 
 
 def _storage_dtype(config: Any) -> torch.dtype:

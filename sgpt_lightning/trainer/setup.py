@@ -1,12 +1,18 @@
 """What a fit needs of the user's Trainer: settings that it can work with, some that it borrows, and where it writes."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
 from sgpt_lightning.report.run import REPORT_KEYS
+
+
+class IncompleteRunError(RuntimeError):
+    """A run that ended before all linears were solved; nothing was written."""
 
 
 class TrainerSettings(NamedTuple):
@@ -73,3 +79,8 @@ def check_report_path(path: Path) -> None:
         ours = False
     if not ours:
         raise ValueError(f"{path} exists and is no report of sgpt_lightning: move it or set trainer.default_root_dir")
+
+
+def rescue_places(trainer: Trainer) -> list[Path]:
+    """Return where a model goes that cannot be written to its target."""
+    return [folder / f"rescued-{os.getpid()}" for folder in (run_directory(trainer), Path(tempfile.gettempdir()))]

@@ -9,7 +9,7 @@ from torch import nn
 
 from sgpt_lightning.calibration.checks import least_bytes, plan_linears
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.schedules import SequentialCalibration, calibration_for
+from sgpt_lightning.calibration.schedules import calibration_for
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix
@@ -31,6 +31,9 @@ PRUNED = Recipe(preset="sparsegpt", target_avg_bits=None)
         (lambda: [{"input_ids": torch.zeros(4, dtype=torch.long)}], ValueError, r"batch 0 must be \[batch, time\]"),
         (lambda: make_batches(1, time=65), ValueError, "windows of 65 tokens, the model has 64 positions"),
         (lambda: [], ValueError, "at least one batch"),
+        (lambda: [{"input_ids": torch.zeros(1, 4)}], TypeError, r"batch 0 must be integers, got torch\.float32"),
+        (lambda: [{"input_ids": torch.full((1, 4), 128)}], ValueError, "below the vocabulary's 128, got 128 to 128"),
+        (lambda: [{"input_ids": torch.full((1, 4), -1)}], ValueError, "got -1 to -1"),
     ],
 )
 def test_batches_that_cannot_be_used_are_refused_and_the_model_stays_as_it_was(batches, error, message):
@@ -55,9 +58,9 @@ def test_dropout_is_off_while_a_model_in_train_mode_is_compressed(mode, preset):
 
 
 @pytest.mark.parametrize("second", [1, 3])
-def test_an_epoch_with_other_batches_than_the_first_is_refused(second):
-    calibration = calibration_for("sequential", make_model("opt"), PRUNED, torch.float32)
-    assert isinstance(calibration, SequentialCalibration)
+@pytest.mark.parametrize("recipe", [PRUNED, Recipe()], ids=["sparsegpt", "best"])
+def test_an_epoch_with_other_batches_than_the_first_is_refused(second, recipe):
+    calibration = calibration_for("sequential", make_model("opt"), recipe, torch.float32)
     for index, batch in enumerate(make_batches(2)):
         calibration.observe(0, index, batch)
     calibration.finish(0)

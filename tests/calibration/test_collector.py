@@ -124,5 +124,7 @@ def test_the_gap_is_that_between_the_inputs_of_the_two_models_norms(family, atte
 
 
 def test_a_linear_that_was_never_run_has_no_statistics():
-    with pytest.raises(ValueError, match=r"^fc1 saw no token during calibration$"):
+    with pytest.raises(
+        ValueError, match=r"^fc1 saw no token during calibration: nothing calls it; put it into `ignore`$"
+    ):
         InputCollector({"fc1": nn.Linear(2, 2)}).statistics("fc1")

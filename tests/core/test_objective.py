@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import Objective, make_objective
-from sgpt_lightning.recipe import Parts
+from sgpt_lightning.presets import Parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, FEATURES, TOKENS, DAMP = 6, 16, 300, 0.01

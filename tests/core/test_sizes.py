@@ -10,7 +10,8 @@ from oracles import correlated_inputs, random_weight
 from sgpt_lightning.core.grids import count_segments
 from sgpt_lightning.core.sizes import code_bits, grid_bits, index_bits, mask_bits, smallest_layout
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.format.packing import PackedWeight, pack_weight
+from sgpt_lightning.format.layout import PackedWeight
+from sgpt_lightning.format.packing import pack_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,8 @@ from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.solution import SolveError
 from sgpt_lightning.core.solver import compress_linear
 from sgpt_lightning.core.sweep import ColumnScales, sweep
-from sgpt_lightning.recipe import PRESETS, Recipe
+from sgpt_lightning.presets import PRESETS
+from sgpt_lightning.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LADDER = (2, 3, 4, 6, 8)

@@ -8,7 +8,8 @@ from oracles import correlated_inputs, damped, random_weight, restricted_solve, 
 
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.solver import compress_linear
-from sgpt_lightning.recipe import PRESETS, Parts, Recipe
+from sgpt_lightning.presets import PRESETS, Parts
+from sgpt_lightning.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OFF = {f.name: type(f.default)(0) for f in fields(Parts)}

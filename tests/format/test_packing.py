@@ -10,7 +10,8 @@ from oracles import correlated_inputs, generator, random_weight
 
 from sgpt_lightning.core.grids import fit_affine_grid
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.format.packing import PackedWeight, WeightSpec, cheapest_layout, pack_weight, unpack_weight
+from sgpt_lightning.format.layout import PackedWeight, WeightSpec
+from sgpt_lightning.format.packing import cheapest_layout, pack_weight, unpack_weight
 
 MIXED = (2, 3, 4, 6, 8)
 

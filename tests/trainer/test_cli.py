@@ -368,6 +368,25 @@ def test_sigterm_that_a_library_swallows_or_makes_something_else_of_still_ends_w
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_ends_a_run_that_hangs_while_it_ends_within_seconds():
+    hanging = """
+import os, signal, sys, time
+from sgpt_lightning import cli
+cli.GRACE_SECONDS = 0.5
+def hang(arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        time.sleep(60)  # as a logger does whose thread lost its wake-up
+cli._dispatch = hang
+sys.argv = ["sgpt", "fit"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", hanging], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 143
+    assert done.stderr == "sgpt: still busy 0.5 s after SIGTERM: logs are not closed\n"
+
+
 def test_an_interrupt_ends_with_130_and_one_line(two_blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressLines, "on_train_epoch_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)

@@ -1,10 +1,13 @@
 """How `CausalLMModule` loads a model: the model's own attention and the compressed directory's own dtype by default."""
 
+import json
+
 import pytest
 import torch
 from models_for_tests import make_batches, make_model, make_tokens
 
 from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.names import load_tokenizer
@@ -67,3 +70,31 @@ def test_a_rotary_model_that_was_cast_as_a_whole_reads_back_to_the_same_logits(f
     tokens = make_tokens(2, 12)
     with torch.no_grad():
         assert torch.equal(load_compressed(tmp_path / "model")(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_no_code_of_a_model_directory_is_run_whatever_its_config_says(compressed, tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    model = make_model("opt")
+    if compressed:
+        solved = compress(model, make_batches(2), PRUNED)
+        tokenizer = load_tokenizer("opt-mini")
+        save_compressed(directory, model, solved, storage_dtype=torch.float32, tokenizer=tokenizer)
+    else:
+        save_dense(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal
+    with pytest.raises(ValueError, match=r"trust_remote_code|evil"):
+        CausalLMModule(str(directory), seq_len=16).configure_model()
+    with pytest.raises(ValueError, match=r"trust_remote_code|evil|the manifest says"):
+        load_model(str(directory))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_model_that_is_not_in_the_cache_offline_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"model path 'nobody/no-such-model'(.|\n)*without a network"):
+        CausalLMModule("nobody/no-such-model")

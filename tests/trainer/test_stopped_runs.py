@@ -16,9 +16,10 @@ from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.trainer.callback import IncompleteRunError, SparseGPTCallback
+from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
 from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.setup import IncompleteRunError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -263,3 +264,21 @@ def test_settings_of_another_type_are_refused():
         SparseGPTCallback({"sparsity": 0.5})
     with pytest.raises(ValueError, match="calibration must be one of sequential, one-shot, got 'twice'"):
         SparseGPTCallback(calibration="twice")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_evaluation_windows_beyond_the_models_positions_are_named(tmp_path, stage):
+    trainer, long = make_trainer(tmp_path, SparseGPTCallback(PRUNED)), make_loader(time=65)
+    run = trainer.validate if stage == "validate" else trainer.fit
+    loaders = (long,) if stage == "validate" else (make_loader(), long)
+    with pytest.raises(ValueError, match="evaluation batch 0 has windows of 65 tokens, the model has 64 positions"):
+        run(module(), *loaders)
+
+
+def test_a_run_that_leaves_linears_alone_says_so(tmp_path, capsys):
+    recipe = Recipe(preset="sparsegpt", target_avg_bits=None, ignore=["*.fc*"])
+    make_trainer(tmp_path, SparseGPTCallback(recipe)).fit(module(), make_loader())
+    # Of a block's matrices, four are 32 x 32 and two 32 x 64.
+    assert "8 linears solved, nothing quantized, 50.0% of the linears' weights left as they were; all as asked" in (
+        capsys.readouterr().out
+    )

@@ -1,0 +1,56 @@
+"""How the figures of a run were measured: the texts' protocols, corrected by how much of the text was really used."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from sgpt_lightning.models.replay import padding_mask
+from sgpt_lightning.trainer.module import CausalLMModule
+
+
+class TextSeen(NamedTuple):
+    """Calibration text that really went in; padding is not counted."""
+
+    windows: int
+    tokens: int
+
+    def with_batch(self, batch: Mapping[str, Tensor]) -> "TextSeen":
+        """Count a batch in: `input_ids` `[batch, time]` and optionally `attention_mask`."""
+        mask, ids = padding_mask(batch), batch["input_ids"]
+        windows = len(ids) if mask is None else int(mask.any(1).sum())
+        return TextSeen(self.windows + windows, self.tokens + (ids.numel() if mask is None else int(mask.sum())))
+
+
+def calibration_protocol(trainer: Trainer, seen: TextSeen) -> dict[str, Any]:
+    """Return how the calibration text was made, by the data module's word, and how much of it went in."""
+    protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
+    return _as_used({} if protocol is None else asdict(protocol), seen.windows, "trainer.limit_train_batches")
+
+
+def evaluation_protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, dict[str, Any]]:
+    """Return how each perplexity was measured: the text's protocol, and the model's dtype and attention."""
+    assert pl_module.network is not None
+    texts = getattr(getattr(trainer, "datamodule", None), "protocols", {})
+    model = {
+        "dtype": str(pl_module.dtype).removeprefix("torch."),
+        "attn_implementation": getattr(pl_module.network.config, "_attn_implementation", None),
+    }
+    return {
+        name: _as_used(asdict(texts[name]) if name in texts else {}, measured.windows, "trainer.limit_val_batches")
+        | model
+        for name, measured in pl_module.measured.items()
+    }
+
+
+def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:
+    """Return a text's protocol with the number of windows that were really used."""
+    used: dict[str, Any] = {"windows": windows}
+    if protocol and windows != protocol["windows"]:
+        used |= {
+            "selection": f"{protocol['selection']}, of which the first {windows} ({limit})",
+            "tokens": windows * protocol["seq_len"],
+        }
+    return protocol | used
