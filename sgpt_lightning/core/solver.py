@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sgpt_lightning.core.grids import quantize_matrix
 from sgpt_lightning.core.importance import channel_importance
-from sgpt_lightning.core.linear import LinearProblem, relative_weights, sweep_columns
+from sgpt_lightning.core.linear import LinearProblem, Start, relative_weights, sweep_columns
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.problem import SharedInput
@@ -75,26 +75,7 @@ def compress_linear(
     columns = shared.act_ordered if recipe.solve_parts.act_order else shared.natural
     problem = LinearProblem(objective, columns, recipe, importance, relative_weights(row_weights, weight), name)
     start = choose_mask(problem, shared.natural if recipe.n_m else columns)
-    solved, values = None, start.weight
-    if recipe.quantizes:
-        solved = round_survivors(problem, start)
-        drop = solved.drop
-    else:
-        swept = sweep_columns(columns, start, None, recipe.block_size)
-        values, drop = columns.put_back(swept.weight), columns.put_back(swept.drop) if recipe.prunes else None
-    result = CompressedLinear(
-        codes=None if solved is None else quantize_matrix(solved.stored, solved.widths, solved.grid),
-        values=values.to(storage_dtype) if solved is None else None,
-        keep=None if drop is None else ~drop,
-        widths=None if solved is None else solved.widths,
-        grid=None if solved is None else solved.grid,
-        n_m=recipe.n_m,
-        relative_error=None,
-        importance_range=(float(importance.min()), float(importance.max())),
-        damp_percent=columns.factor.damp_percent,
-        status=shared.factor.status if columns.factor.status == "ok" else columns.factor.status,
-        allocation=None if solved is None else allocation_used(recipe, solved.widths),
-    )
+    result = _rounded(problem, start) if recipe.quantizes else _pruned(problem, start, storage_dtype)
     stored, name = result.weight(), name or "the linear"
     if not bool(torch.isfinite(stored).all()):
         raise SolveError(
@@ -105,6 +86,43 @@ def compress_linear(
     if not math.isfinite(error):
         raise SolveError(f"the relative error of {name} is {error}: it cannot be told how good the result is")
     return replace(result, relative_error=error, bias_shift=objective.bias_shift(stored))
+
+
+def _rounded(problem: LinearProblem, start: Start) -> CompressedLinear:
+    """Round what the mask leaves, or choose the mask on the way, and return it as codes."""
+    solved = round_survivors(problem, start)
+    return replace(
+        _nothing_yet(problem, solved.drop),
+        codes=quantize_matrix(solved.stored, solved.widths, solved.grid),
+        widths=solved.widths,
+        grid=solved.grid,
+        allocation=allocation_used(problem.recipe, solved.widths),
+    )
+
+
+def _pruned(problem: LinearProblem, start: Start, storage_dtype: torch.dtype) -> CompressedLinear:
+    """Prune without rounding, and return the survivors as values."""
+    columns = problem.columns
+    swept = sweep_columns(columns, start, None, problem.recipe.block_size)
+    drop = columns.put_back(swept.drop) if problem.recipe.prunes else None
+    return replace(_nothing_yet(problem, drop), values=columns.put_back(swept.weight).to(storage_dtype))
+
+
+def _nothing_yet(problem: LinearProblem, drop: Tensor | None) -> CompressedLinear:
+    """Return the result as far as it does not depend on whether survivors are codes or values."""
+    own, ordered = problem.objective.input.factor, problem.columns.factor
+    return CompressedLinear(
+        codes=None,
+        values=None,
+        keep=None if drop is None else ~drop,
+        widths=None,
+        grid=None,
+        n_m=problem.recipe.n_m,
+        relative_error=None,
+        importance_range=(float(problem.importance.min()), float(problem.importance.max())),
+        damp_percent=ordered.damp_percent,
+        status=own.status if ordered.status == "ok" else ordered.status,
+    )
 
 
 class Trial(NamedTuple):
