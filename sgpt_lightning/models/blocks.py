@@ -18,6 +18,11 @@ class DecoderBlocks(NamedTuple):
         """Return the full name of one block."""
         return f"{self.path}.{index}"
 
+    def place(self, name: str) -> tuple[int, str]:
+        """Return which block a linear is in, counted from 0, and its name within the block."""
+        index, _, kind = name.removeprefix(f"{self.path}.").partition(".")
+        return int(index), kind
+
     def linears(self, only: int | None = None) -> dict[str, nn.Module]:
         """Return the linears of one block, or of all, by full name."""
         return {

@@ -171,7 +171,7 @@ class SparseGPTCallback(Callback):
             if solved:
                 self._last_error = mean_error(solved.values())
                 self._block_seconds.append(now - self._block_started)
-                log_linears(trainer.loggers, solved, stages[done - 1].blocks)
+                log_linears(trainer.loggers, solved, self._calibration.plans.decoder)
             self._block_started = now
         self._show(pl_module, len(stages) - done)
 

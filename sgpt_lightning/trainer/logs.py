@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.blocks import DecoderBlocks
 from sgpt_lightning.report.run import ledger_table, linear_reports, linears_table, summary_table
 from sgpt_lightning.report.tables import format_table, overall_histogram
 
@@ -17,11 +18,11 @@ def log_perplexity(loggers: Iterable[Logger], perplexity: Mapping[str, float], b
         logger.log_metrics({f"perplexity/{name}": value for name, value in perplexity.items()}, step=blocks)
 
 
-def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], blocks: int) -> None:
-    """Log what was done to the linears of one block; the step is the number of compressed blocks."""
+def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], decoder: DecoderBlocks) -> None:
+    """Log what was done to linears: one curve for each kind of linear, the step is the block, counted from 1."""
     for logger in loggers:
         for name, linear in solved.items():
-            report = linear.report
+            report, (index, kind) = linear.report, decoder.place(name)
             figures = {
                 "sparsity": report.sparsity,
                 "bytes": float(report.bytes),
@@ -31,8 +32,8 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], b
                 figures["relative_error"] = report.relative_error
             if report.mean_bits is not None:
                 figures["mean_bits"] = report.mean_bits
-            logger.log_metrics({f"{key}/{name}": value for key, value in figures.items()}, step=blocks)
-            _log_histogram(logger, f"bits/{name}", report.bits_histogram, blocks)
+            logger.log_metrics({f"{key}/{kind}": value for key, value in figures.items()}, step=index + 1)
+            _log_histogram(logger, f"bits/{kind}", report.bits_histogram, index + 1)
 
 
 def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:

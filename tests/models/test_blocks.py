@@ -201,3 +201,13 @@ def test_weights_are_read_and_written_as_out_features_by_in_features(make):
     set_weight_matrix(layer, 2 * matrix)
     assert torch.equal(layer.weight, 2 * before)
     assert torch.equal(weight_matrix(layer), layer.weight.T if isinstance(layer, Conv1D) else layer.weight.view(4, 6))
+
+
+@pytest.mark.parametrize("family", EXPECTED_LINEARS)
+def test_a_linears_place_is_its_block_and_its_name_within_it(family):
+    decoder = find_decoder_blocks(make_model(family))
+    for index in (0, 1):
+        for name in decoder.linears(index):
+            block, kind = decoder.place(name)
+            assert block == index
+            assert f"{decoder.name(block)}.{kind}" == name
