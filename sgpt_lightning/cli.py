@@ -112,7 +112,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _end_at_once() -> None:
-    print(f"sgpt: still busy {GRACE_SECONDS:g} s after SIGTERM: logs are not closed", file=sys.stderr, flush=True)
+    waited = f"sgpt: stopped by SIGTERM: still busy after {GRACE_SECONDS:g} s, logs are not closed"
+    print(f"{waited}; a model on disk is a whole one, the earlier or the new", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGTERM)
 
 
