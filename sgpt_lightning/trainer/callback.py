@@ -127,7 +127,7 @@ class SparseGPTCallback(Callback):
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.epoch_titles = [stage.label for stage in self._calibration.stages]
         trainer.fit_loop.max_epochs = self._first_epoch + len(self._calibration.stages)
-        trainer.check_val_every_n_epoch = len(self._calibration.stages) + 1
+        trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # never, counted from the first epoch of all
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -129,12 +129,22 @@ def test_a_model_is_compressed_once(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_trainer_fits_twice_and_both_times_all_blocks(tmp_path):
-    callback = SparseGPTCallback(PRUNED)
-    trainer = make_trainer(tmp_path, callback)
-    for _ in range(2):
-        trainer.fit(module(), make_loader())
+class CountValidations(Callback):
+    def __init__(self):
+        self.seen = 0
+
+    def on_validation_start(self, trainer, pl_module):
+        self.seen += 1
+
+
+@pytest.mark.parametrize("mode", ["sequential", "one-shot"])
+def test_a_trainer_fits_several_times_and_each_time_all_blocks_between_two_measurements(tmp_path, mode):
+    callback, validations = SparseGPTCallback(PRUNED, mode), CountValidations()
+    trainer = make_trainer(tmp_path, callback, validations)
+    for fits in range(1, 5):
+        trainer.fit(module(), make_loader(), make_loader(seed=1))
         assert len(callback.solved) == 12
+        assert validations.seen == 2 * fits
 
 
 @pytest.mark.parametrize("fails", [False, True])
