@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.layout import WeightSpec
-from sgpt_lightning.format.records import LinearReport
+from sgpt_lightning.format.records import LinearReport, RunRecord
 
 FORMAT_VERSION = 3
 CONFIG = "config.json"
@@ -107,6 +107,11 @@ class Manifest:
     """Every other file of the directory: weights, `config.json`, generation settings, the tokenizer's."""
     run: dict[str, Any]
     """Recipe, perplexities, protocols, versions: whatever the writer adds."""
+
+    @property
+    def record(self) -> RunRecord:
+        """What `run` says, in typed fields."""
+        return RunRecord.from_dict(self.run)
 
     @property
     def weight_files(self) -> list[str]:

@@ -2,8 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 import torch
@@ -146,3 +146,38 @@ def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeigh
         layout=packed.spec.layout,
         allocation=compressed.allocation,
     )
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run was asked for and what it measured; what was not said is empty."""
+
+    model: str | None = None
+    """Name, directory or hub id of the dense model."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """`mode`, and the `protocol` of the calibration text."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The settings of `Recipe`."""
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By state of the model (`dense`, `compressed`, `after 3 blocks`), then by data set."""
+    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How each data set was measured."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By what they were spent on."""
+    blocks: int = 0
+    """Decoder blocks of the model."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python and the packages that decide the result."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; protocols stand beside the perplexities that they explain."""
+        values = asdict(self)
+        values["perplexity"] |= {"protocol": values.pop("protocols")}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
+        """Read what `to_dict` gave, or as much of it as a writer of its own put in; other keys are left out."""
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        measured = dict(known.pop("perplexity", {}))
+        return cls(**known, protocols=measured.pop("protocol", {}), perplexity=measured)

@@ -39,11 +39,11 @@ def linear_reports(manifest: Manifest) -> list[LinearReport]:
 
 def report_dict(manifest: Manifest) -> dict[str, Any]:
     """Return the content of `report.json`; sizes in bytes, times in seconds. The last three `bytes` make the first."""
-    ledger = manifest.ledger
+    ledger, record = manifest.ledger, manifest.record
     return {
-        "model": manifest.run.get("model"),
-        "calibration": manifest.run.get("calibration", {}),
-        "perplexity": manifest.run.get("perplexity", {}),
+        "model": record.model,
+        "calibration": record.calibration,
+        "perplexity": record.to_dict()["perplexity"],
         "bytes": {
             "file": ledger.file,
             "linears": ledger.linears,
@@ -52,16 +52,16 @@ def report_dict(manifest: Manifest) -> dict[str, Any]:
         },
         "bits_per_weight": {"linears": ledger.linear_bits_per_weight, "whole_file": ledger.file_bits_per_weight},
         "linears": [linear.to_dict() for linear in linear_reports(manifest)],
-        "seconds": manifest.run.get("seconds", {}),
-        "recipe": manifest.run.get("recipe", {}),
-        "versions": manifest.run.get("versions", {}),
+        "seconds": record.seconds,
+        "recipe": record.recipe,
+        "versions": record.versions,
     }
 
 
 def summary_table(manifest: Manifest) -> str:
     """Return the table a user came for: dense against compressed, in perplexity, bits per weight and bytes."""
     ledger = manifest.ledger
-    perplexity = manifest.run.get("perplexity", {})
+    perplexity = manifest.record.perplexity
     dense, compressed = perplexity.get("dense", {}), perplexity.get("compressed", {})
     names = sorted({*dense, *compressed})
     stored_bits = 8 * getattr(torch, manifest.storage_dtype).itemsize
@@ -123,15 +123,14 @@ def status_line(manifest: Manifest) -> str:
 
 def inspection(directory: Path, manifest: Manifest) -> str:
     """Return all that `sgpt inspect` shows of a directory."""
-    run = manifest.run
-    settings = ", ".join(f"{key}={value}" for key, value in run.get("recipe", {}).items())
-    protocols = run.get("perplexity", {}).get("protocol", {})
+    record = manifest.record
+    settings = ", ".join(f"{key}={value}" for key, value in record.recipe.items())
     parts = [
-        f"{directory}: {run.get('model', 'model')} compressed by sgpt_lightning\nrecipe: {settings}",
+        f"{directory}: {record.model or 'model'} compressed by sgpt_lightning\nrecipe: {settings}",
         summary_table(manifest),
         ledger_table(manifest),
         linears_table(manifest),
-        "\n".join([status_line(manifest), *map(_protocol_line, protocols, protocols.values())]),
+        "\n".join([status_line(manifest), *map(_protocol_line, record.protocols, record.protocols.values())]),
     ]
     return "\n\n".join(parts)
 

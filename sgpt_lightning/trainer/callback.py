@@ -25,7 +25,7 @@ from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
-from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.format.records import RunRecord, SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.recipe import Recipe
@@ -194,22 +194,23 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self._check_complete(trainer)
         assert self._calibration is not None
-        run = {
-            "model": pl_module.path,
-            "calibration": {"mode": self.calibration, "protocol": calibration_protocol(trainer, self._seen)},
-            "recipe": asdict(self.recipe),
-            "perplexity": self._perplexity | {"protocol": evaluation_protocols(trainer, pl_module)},
-            "seconds": self._seconds,
-            "blocks": len(self._calibration.plans.decoder.blocks),
-            "versions": versions(),
-        }
+        record = RunRecord(
+            model=pl_module.path,
+            calibration={"mode": self.calibration, "protocol": calibration_protocol(trainer, self._seen)},
+            recipe=asdict(self.recipe),
+            perplexity=self._perplexity,
+            protocols=evaluation_protocols(trainer, pl_module),
+            seconds=self._seconds,
+            blocks=len(self._calibration.plans.decoder.blocks),
+            versions=versions(),
+        )
         self.manifest = save_or_rescue(
             [self.target(trainer), *rescue_places(trainer)],
             _network(pl_module),
             self.solved,
             storage_dtype=pl_module.storage_dtype,
             tokenizer=pl_module.tokenizer,
-            run=run,
+            run=record.to_dict(),
         )
         report = report_path(trainer)
         report.parent.mkdir(parents=True, exist_ok=True)

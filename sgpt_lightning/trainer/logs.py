@@ -38,14 +38,14 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], d
 
 def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
     """Log the overall histogram, recipe and tables as text, and hparams with final perplexity and size."""
-    recipe = manifest.run.get("recipe", {})
-    final = manifest.run.get("perplexity", {}).get("compressed", {})
+    record = manifest.record
+    recipe, final = record.recipe, record.perplexity.get("compressed", {})
     metrics = {f"final/perplexity/{name}": value for name, value in final.items()}
     metrics |= {
         "final/file_bytes": float(manifest.ledger.file),
         "final/bits_per_weight": manifest.ledger.linear_bits_per_weight,
     }
-    blocks = manifest.run.get("blocks", 0)
+    blocks = record.blocks
     for logger in loggers:
         _log_histogram(logger, "bits/all", overall_histogram(linear_reports(manifest)), blocks)
         if not isinstance(logger, TensorBoardLogger):

@@ -10,7 +10,7 @@ import torch
 from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.format.packing import pack_weight
-from sgpt_lightning.format.records import LinearReport, describe_linear
+from sgpt_lightning.format.records import LinearReport, RunRecord, describe_linear
 from sgpt_lightning.report.stats import QuantizationStats
 from sgpt_lightning.report.tables import format_bytes, format_table, mean_bits, overall_histogram, table_of_linears
 
@@ -265,3 +265,14 @@ def test_a_table_with_a_row_of_the_wrong_length_is_refused():
 def test_bytes_are_shown_in_decimal_megabytes():
     assert format_bytes(44_586) == "0.04 MB"
     assert format_bytes(5_000_000_000) == "5000.00 MB"
+
+
+def test_a_runs_record_reads_back_equal_through_json_and_is_empty_where_nothing_was_said():
+    record = RunRecord(
+        model="opt-mini", calibration={"mode": "sequential"}, recipe={"sparsity": 0.5},
+        perplexity={"dense": {"docs": 29.3}, "compressed": {"docs": 30.5}}, protocols={"docs": {"windows": 70}},
+        seconds={"solve": 1.5}, blocks=8, versions={"torch": "2.13.0"},
+    )  # fmt: skip
+    assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert RunRecord.from_dict({}) == RunRecord()
+    assert RunRecord.from_dict({"note": "of a writer of its own", "blocks": 2}) == RunRecord(blocks=2)
