@@ -226,13 +226,12 @@ class GuidedCalibration:
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""
-        if epoch == 0:
-            self._batches = batch_index + 1
-        elif epoch == 1:
+        if epoch == 1:
             self._repeated = batch_index + 1
         if epoch:
             self._next.observe(epoch - 1, batch_index, batch)
             return
+        self._batches = batch_index + 1
         with self._collector.collecting(batch_index, padding_mask(batch)):
             self._gradients.observe(batch_index, batch)
 
