@@ -1,14 +1,16 @@
-"""One linear on its way through a solve: its objective and settings, and where the rounding starts from."""
+"""One linear on its way through a solve, and the column loops over all linears that share an input."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.problem import Columns
-from sgpt_lightning.core.sweep import ColumnScales, Swept, sweep
+from sgpt_lightning.core.sweep import ColumnScales, Swept, descend, sweep
 from sgpt_lightning.recipe import Recipe
 
 
@@ -24,6 +26,18 @@ class Start(NamedTuple):
     def survivors(self) -> Tensor:
         """The weight with what is known to be removed at zero."""
         return self.weight.masked_fill(self.mask, 0) if isinstance(self.mask, Tensor) else self.weight
+
+
+class Rounded(NamedTuple):
+    """Codes in the making."""
+
+    stored: Tensor
+    """The weights that the codes stand for, float32 `[out_features, in_features]`."""
+    widths: Tensor
+    """Bits per input channel, or per output channel where `grid.axis` says so, uint8."""
+    grid: Grid
+    drop: Tensor | None
+    """True where a weight is removed, bool `[out_features, in_features]`; None if nothing is."""
 
 
 class LinearProblem(NamedTuple):
@@ -50,10 +64,45 @@ class LinearProblem(NamedTuple):
         return errors * self.row_weights
 
 
-def sweep_columns(columns: Columns, start: Start, quantizer: ColumnScales | None, block_size: int) -> Swept:
-    """Run the column sweep from a start; grids in the loop's order, or None to leave the survivors unrounded."""
-    mask = columns.take(start.mask) if isinstance(start.mask, Tensor) else start.mask
-    return sweep(columns.take(start.weight), columns.factor.hinv_chol, mask, quantizer, block_size)
+def sweep_columns(
+    columns: Columns, starts: Sequence[Start], scales: Sequence[ColumnScales] | None, block_size: int
+) -> list[Swept]:
+    """Run the column sweep from the starts of linears that share an input.
+
+    Args:
+        columns: of that input.
+        starts: one per linear; all are masked in the same way.
+        scales: grids in the loop's order, one per linear, or None to leave the survivors unrounded.
+        block_size: columns per block.
+    """
+    swept = []
+    for index, start in enumerate(starts):
+        mask = columns.take(start.mask) if isinstance(start.mask, Tensor) else start.mask
+        quantizer = None if scales is None else scales[index]
+        swept.append(sweep(columns.take(start.weight), columns.factor.hinv_chol, mask, quantizer, block_size))
+    return swept
+
+
+def descend_columns(problems: Sequence[LinearProblem], rounded: Sequence[Rounded]) -> list[Tensor]:
+    """Run the descent over the codes of linears that share an input.
+
+    Returns:
+        The weights that the new codes stand for, float32 `[out_features, in_features]` each.
+    """
+    columns, recipe = problems[0].columns, problems[0].recipe
+    hessian = columns.permuted(problems[0].objective.input.damped)
+    descended = []
+    for problem, (stored, widths, grid, drop) in zip(problems, rounded, strict=True):
+        moved = descend(
+            columns.take(stored),
+            columns.take(problem.objective.target),
+            hessian,
+            None if drop is None else columns.take(drop),
+            ColumnScales(grid, widths, stored.shape[1], columns.order),
+            recipe.block_size,
+        )
+        descended.append(columns.put_back(moved))
+    return descended
 
 
 def relative_weights(row_weights: Tensor | None, weight: Tensor) -> Tensor:
