@@ -8,7 +8,8 @@ from torch import Tensor
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.problem import Columns
-from sgpt_lightning.core.sweep import ColumnScales, Swept, sweep
+from sgpt_lightning.core.scales import ColumnScales
+from sgpt_lightning.core.sweep import Swept, sweep
 from sgpt_lightning.recipe import Recipe
 
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sgpt_lightning.core.allocation import allocate_budget, allocate_quantile
 from sgpt_lightning.core.budget import grid_kind, mean_code_bits, widest_width, width_axis
+from sgpt_lightning.core.descent import descend
 from sgpt_lightning.core.grids import Grid, WidthAxis, dequantize_matrix, fit_affine_grid, quantize_matrix
 from sgpt_lightning.core.linear import LinearProblem, Start, sweep_columns
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.ranges import refit_grid, search_grid
-from sgpt_lightning.core.sweep import ColumnScales, descend
+from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.recipe import Recipe
 
 
