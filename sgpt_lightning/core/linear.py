@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.descent import descend
 from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.problem import Columns
-from sgpt_lightning.core.sweep import ColumnScales, Swept, descend, sweep
+from sgpt_lightning.core.scales import ColumnScales
+from sgpt_lightning.core.sweep import Swept, sweep
 from sgpt_lightning.recipe import Recipe
 
 
@@ -75,12 +77,22 @@ def sweep_columns(
         scales: grids in the loop's order, one per linear, or None to leave the survivors unrounded.
         block_size: columns per block.
     """
-    swept = []
-    for index, start in enumerate(starts):
-        mask = columns.take(start.mask) if isinstance(start.mask, Tensor) else start.mask
-        quantizer = None if scales is None else scales[index]
-        swept.append(sweep(columns.take(start.weight), columns.factor.hinv_chol, mask, quantizer, block_size))
-    return swept
+    parts = [len(start.weight) for start in starts]
+    given = [start.mask for start in starts if isinstance(start.mask, Tensor)]
+    swept = sweep(
+        _side_by_side(columns, [start.weight for start in starts]),
+        columns.factor.hinv_chol,
+        _side_by_side(columns, given) if given else starts[0].mask,
+        None if scales is None else ColumnScales.stacked(scales),
+        block_size,
+        parts,
+    )
+    return list(map(Swept, swept.weight.split(parts, 1), swept.drop.split(parts, 1)))
+
+
+def _side_by_side(columns: Columns, matrices: Sequence[Tensor]) -> Tensor:
+    """Return matrices `[out_features, in_features]` as one, inputs first and in the loop's order."""
+    return columns.take(torch.cat(list(matrices)))
 
 
 def descend_columns(problems: Sequence[LinearProblem], rounded: Sequence[Rounded]) -> list[Tensor]:
@@ -90,19 +102,18 @@ def descend_columns(problems: Sequence[LinearProblem], rounded: Sequence[Rounded
         The weights that the new codes stand for, float32 `[out_features, in_features]` each.
     """
     columns, recipe = problems[0].columns, problems[0].recipe
-    hessian = columns.permuted(problems[0].objective.input.damped)
-    descended = []
-    for problem, (stored, widths, grid, drop) in zip(problems, rounded, strict=True):
-        moved = descend(
-            columns.take(stored),
-            columns.take(problem.objective.target),
-            hessian,
-            None if drop is None else columns.take(drop),
-            ColumnScales(grid, widths, stored.shape[1], columns.order),
-            recipe.block_size,
-        )
-        descended.append(columns.put_back(moved))
-    return descended
+    drops = [drop for _, _, _, drop in rounded if drop is not None]
+    scales = [ColumnScales(grid, widths, stored.shape[1], columns.order) for stored, widths, grid, _ in rounded]
+    descended = descend(
+        _side_by_side(columns, [stored for stored, _, _, _ in rounded]),
+        _side_by_side(columns, [problem.objective.target for problem in problems]),
+        columns.permuted(problems[0].objective.input.damped),
+        _side_by_side(columns, drops) if drops else None,
+        ColumnScales.stacked(scales),
+        recipe.block_size,
+    )
+    parts = [len(stored) for stored, _, _, _ in rounded]
+    return [columns.put_back(part) for part in descended.split(parts, 1)]
 
 
 def relative_weights(row_weights: Tensor | None, weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def lowest_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     Returns:
         bool `[in_features, out_features]`.
     """
-    grouped = scores.reshape(-1, m, scores.shape[-1])
+    grouped = scores.reshape(len(scores) // m, m, scores.shape[-1])
     order = torch.argsort(grouped, dim=1, stable=True)
     chosen = torch.zeros_like(grouped, dtype=torch.bool)
     return chosen.scatter_(1, order[:, :n], True).view(scores.shape)

@@ -11,7 +11,7 @@ from sgpt_lightning.core.grids import Grid, WidthAxis, dequantize_matrix, fit_af
 from sgpt_lightning.core.linear import LinearProblem, Rounded, Start, descend_columns, sweep_columns
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.ranges import refit_grid, search_grid
-from sgpt_lightning.core.sweep import ColumnScales
+from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.recipe import Recipe
 
 

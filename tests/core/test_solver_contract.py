@@ -12,9 +12,10 @@ from sgpt_lightning.core.hessian import inverse_factor
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
+from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.core.solution import SolveError
 from sgpt_lightning.core.solver import compress_linear
-from sgpt_lightning.core.sweep import ColumnScales, sweep
+from sgpt_lightning.core.sweep import sweep
 from sgpt_lightning.presets import PRESETS
 from sgpt_lightning.recipe import Recipe
 
@@ -136,8 +137,7 @@ def test_the_column_loop_reads_no_value_back(collect, rule, bits):
     grid = fit_affine_grid(weight, 8)
     quantizer = None if bits is None else ColumnScales(grid, torch.full((48,), bits), 48)
     if quantizer is not None:
-        for width, table in quantizer._tables.items():
-            quantizer._tables[width] = table._replace(step=table.step.to("meta"), base=table.base.to("meta"))
+        quantizer.step, quantizer.base = quantizer.step.to("meta"), quantizer.base.to("meta")
     mask = rule.to("meta") if isinstance(rule, Tensor) else rule
     swept = sweep(weight.T.to("meta"), factor, mask, quantizer, 16)
     assert swept.weight.shape == (48, 10)
