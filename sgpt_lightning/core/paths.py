@@ -7,6 +7,7 @@ fails to compile, torch does the work; that is said once, in a warning, and reme
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -53,11 +54,13 @@ def with_loops(device: torch.device, solve: Callable[[TileLoops], Result]) -> Re
     if reason is None:
         kernels = _kernels()
         try:
-            return solve(_loops_of(kernels))
+            # Triton launches on the current GPU, wherever the tensors are.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return solve(_loops_of(kernels))
         except torch.OutOfMemoryError:
             raise
         except kernels.FAILURES as failure:
-            reason = f"{type(failure).__name__}: {failure}"
+            reason = f"{type(failure).__name__}: {failure}"[:300]
     _refused[device.type] = reason
     warnings.warn(f"the column loops run in plain torch on {device}, not in Triton: {reason}", stacklevel=3)
     return solve(TORCH)
