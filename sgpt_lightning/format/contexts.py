@@ -74,7 +74,7 @@ def level_of(rows: Tensor, columns: Tensor, base: Tensor | int) -> Tensor:
     return rows[:, None] + columns[None, :] + base
 
 
-def table_of(levels: Tensor, lowest: Tensor | int, highest: Tensor | int, breadth: int) -> Tensor:
+def table_of(levels: Tensor, lowest: Tensor, highest: Tensor, breadth: int) -> Tensor:
     """Return the table that codes of a level share."""
     return (levels.clamp(lowest, highest) - lowest) // breadth
 

@@ -167,7 +167,7 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     rows = _unpack_levels(given["rows"], header.row_bits, shape[0])
     columns = _unpack_levels(given["columns"], header.column_bits, shape[1])
     levels = level_of(rows, columns, header.base)
-    tables = table_of(levels, header.lowest, header.highest, header.breadth)
+    tables = table_of(levels, torch.tensor(header.lowest), torch.tensor(header.highest), header.breadth)
     split = rans.Split.of(shape[0] * shape[1], header.lanes)
     offsets = np.concatenate([[0], given["offsets"].astype(np.int64), [given["stream"].size]])
     if offsets.size != split.streams + 1 or np.any(np.diff(offsets) < 0):
@@ -205,10 +205,9 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
         raise ValueError(f"codes must be from {-LIMIT} to {LIMIT}, got {smallest} to {greatest}")
     bits = -(-cost // COST_UNIT)
     lanes = rans.lanes_for(bits, codes.numel())
-    widths = [(high - low).bit_length() for low, high in ((low_row, high_row), (low_column, high_column))]
-    header = Header(
-        lanes, lowest, highest, contexts.breadth, low_row + low_column - matrix, *widths, max(over, 0).bit_length()
-    )  # fmt: skip
+    row_bits, column_bits = (high_row - low_row).bit_length(), (high_column - low_column).bit_length()
+    base, escape_bits = low_row + low_column - matrix, max(over, 0).bit_length()
+    header = Header(lanes, lowest, highest, contexts.breadth, base, row_bits, column_bits, escape_bits)
     extra_bits = low_bits + escapes * header.escape_bits
     return _Sizes(header, HEADER_BYTES + table_bytes, rans.words_for(bits, lanes), extra_bits)
 

@@ -121,10 +121,8 @@ def slot_table(frequencies: NDArray) -> SlotTable:
     symbols = np.tile(np.arange(frequencies.shape[1]), len(frequencies))
     flat = frequencies.reshape(-1)
     starts = (np.cumsum(frequencies, 1) - frequencies).reshape(-1)
-    slots = np.tile(np.arange(SLOTS), len(frequencies))
-    moves = np.repeat(flat, flat).astype(np.uint64) | (slots - np.repeat(starts, flat)).astype(np.uint64) << np.uint64(
-        32
-    )
+    inside = np.tile(np.arange(SLOTS), len(frequencies)) - np.repeat(starts, flat)
+    moves = inside.astype(np.uint64) << np.uint64(32) | np.repeat(flat, flat).astype(np.uint64)
     return SlotTable(moves, np.repeat(symbols, flat).astype(np.uint8))
 
 
