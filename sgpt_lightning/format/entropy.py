@@ -38,8 +38,8 @@ state * 2^16 + word. After the last step all states are 2^16. Behind the last st
 2 * (|h| - T - 1), plus 1 if h is negative.
 
 The bytes depend on the codes alone. A code is at most 2^24 - 1 in magnitude. Beyond the entropy within the tables they
-take 24 bits a lane, which has 8,192 bits to itself where there are as many, a byte per table and magnitude, and some
-bits a row and column. Left out: checksums (the file has them), and what a code stands for (steps and scales).
+take 24 bits a lane, which has 8,192 bits and 2,048 codes to itself where there are as many, a byte per table and
+magnitude, and some bits a row and column. Left out: checksums (the file has them), and what a code stands for (steps and scales).
 """
 
 from collections.abc import Mapping
@@ -160,12 +160,14 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """
     given = _check_tensors(tensors)
     if not shape[0] * shape[1]:
+        if tensors:
+            raise ValueError(f"a matrix of shape {list(shape)} has no tensors, got {', '.join(tensors)}")
         return torch.zeros(shape, dtype=torch.int32)
     data = given["tables"].tobytes()
     header = Header.of(data, shape[0] * shape[1])
     largest, lookup = read_tables(data, header)
-    rows = _unpack_levels(given["rows"], header.row_bits, shape[0])
-    columns = _unpack_levels(given["columns"], header.column_bits, shape[1])
+    rows = _unpack_levels("rows", given, header.row_bits, shape[0])
+    columns = _unpack_levels("columns", given, header.column_bits, shape[1])
     levels = level_of(rows, columns, header.base)
     tables = table_of(levels, torch.tensor(header.lowest), torch.tensor(header.highest), header.breadth)
     split = rans.Split.of(shape[0] * shape[1], header.lanes)
@@ -251,10 +253,11 @@ def _pack_levels(levels: Tensor, bits: int) -> Tensor:
     return pack_bits((levels - levels.min()).to(torch.uint8), bits) if bits else torch.zeros(0, dtype=torch.uint8)
 
 
-def _unpack_levels(packed: NDArray, bits: int, count: int) -> Tensor:
+def _unpack_levels(name: str, given: Mapping[str, NDArray], bits: int, count: int) -> Tensor:
+    packed = given[name]
+    if packed.size != packed_bytes(count, bits):
+        raise ValueError(f"{name} must be {packed_bytes(count, bits)} bytes, got {packed.size}")
     if not bits:
-        if packed.size:
-            raise ValueError(f"levels of 0 bits take 0 bytes, got {packed.size} bytes")
         return torch.zeros(count, dtype=torch.int16)
     return unpack_bits(torch.from_numpy(packed), bits, count).short()
 

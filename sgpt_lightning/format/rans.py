@@ -29,11 +29,13 @@ MAX_STEPS = 1 << 14
 """Most codes of one lane; it bounds the time that a damaged file can cost."""
 _LANE_BITS = 8192
 """A lane costs 24 bits on average; with this many to itself that is 0.3 %."""
+_LANE_CODES = 2048
+"""Fewer codes a lane would make nothing faster that is not fast."""
 
 
 def lanes_for(bits: int, count: int) -> int:
     """Choose the lanes for `count` codes that take `bits` bits."""
-    lanes = max(bits // _LANE_BITS, 1)
+    lanes = max(min(bits // _LANE_BITS, count // _LANE_CODES), 1)
     if lanes > LANES:
         lanes = (lanes + LANES // 2) // LANES * LANES
     fewest = -(-count // MAX_STEPS)
@@ -159,7 +161,7 @@ def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArr
     """Return where in `moves` each code was, like `dealt`, which says where its table starts."""
     streams, steps, lanes = dealt.shape
     if np.any(np.diff(offsets) < 2 * lanes):
-        raise ValueError("a stream is shorter than the states of its lanes")
+        raise ValueError(f"stream {int(np.diff(offsets).argmin())} is shorter than the {lanes} states of its lanes")
     found = np.ascontiguousarray(dealt.transpose(1, 0, 2)).reshape(steps, -1)
     state = np.ascontiguousarray(words[offsets[:-1, None] + np.arange(2 * lanes)]).view("<u4").reshape(-1)
     last = (offsets[:-1, None] + 2 * lanes - 1).astype(np.int64)
@@ -180,5 +182,5 @@ def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArr
     cursor = last[:, 0] + 1
     rest = words[cursor[-1] : offsets[-1]]
     if np.any(state != FIRST_STATE) or np.any(cursor[:-1] != offsets[1:-1]) or cursor[-1] > offsets[-1] or rest.any():
-        raise ValueError("the words of a stream do not end where its codes do")
+        raise ValueError(f"words of {streams} streams do not end where their {dealt.size} codes do")
     return found.reshape(steps, streams, lanes).transpose(1, 0, 2)
