@@ -39,7 +39,8 @@ state * 2^16 + word. After the last step all states are 2^16. Behind the last st
 
 The bytes depend on the codes alone. A code is at most 2^24 - 1 in magnitude. Beyond the entropy within the tables they
 take 24 bits a lane, which has 8,192 bits and 2,048 codes to itself where there are as many, a byte per table and
-magnitude, and some bits a row and column. Left out: checksums (the file has them), and what a code stands for (steps and scales).
+magnitude, and some bits a row and column. Left out: checksums (the file has them), and what a code stands for (steps
+and scales).
 """
 
 from collections.abc import Mapping
