@@ -1,11 +1,26 @@
 """Perplexity of a model on windows, in one call and without Lightning."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.guards import evaluation_mode
-from sgpt_lightning.models.replay import model_inputs
+from sgpt_lightning.models.batches import forwards, model_inputs
+
+
+def add_batch(metric: Perplexity, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Run a model on a batch and add it to a perplexity; nothing is read from the device.
+
+    Args:
+        metric: where it is added.
+        model: a causal language model in eval mode.
+        batch: `input_ids` int64 `[batch, time]` and, if there is padding, `attention_mask`; in as many forwards as
+            their logits need, see `forwards`.
+    """
+    for part in forwards(model, batch):
+        metric.update(model(**model_inputs(part)).logits, part["input_ids"], part.get("attention_mask"))
 
 
 @torch.no_grad()
@@ -31,5 +46,5 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 1) -> float:
     metric = Perplexity().to(device)
     with evaluation_mode(model):
         for batch in windows.to(device).split(batch_size):
-            metric.update(model(**model_inputs({"input_ids": batch})).logits, batch)
+            add_batch(metric, model, {"input_ids": batch})
     return float(metric.compute())

@@ -10,7 +10,7 @@ memory).
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sgpt_lightning.models.batches import real_tokens
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.text.sources import SOURCES, Role, find_source
 from sgpt_lightning.text.windows import TextProtocol, Windows, calibration_windows, evaluation_windows
+from sgpt_lightning.trainer.module import CausalLMModule
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -196,6 +198,14 @@ class TextDataModule(LightningDataModule):
         """Return one loader per evaluation source, in the order of `evaluation_names`."""
         assert self._evaluation_windows, "setup() comes first"
         return [self._loader(self._evaluation_windows[name]) for name in self.evaluation_names]
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Mapping[str, Tensor]:
+        """Leave a mask that hides nothing on the host, and show the module what is sent while it is there."""
+        sent, _ = real_tokens(batch)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, CausalLMModule):
+            module.sent = sent
+        return sent
 
     def _loader(self, windows: TokenWindows) -> DataLoader[dict[str, Tensor]]:
         ranks, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

@@ -10,7 +10,6 @@ from models_for_tests import make_batches, make_model, make_padded_batches, make
 from oracles import second_moment
 from torch import Tensor, nn
 
-import sgpt_lightning.calibration.schedules
 import sgpt_lightning.calibration.solving
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import calibration_for

@@ -85,6 +85,15 @@ def test_a_padding_window_adds_nothing_to_perplexity():
     assert by_ranks.compute().item() == pytest.approx(whole.compute().item(), rel=1e-12)  # the same fp32 entropies
 
 
+def test_a_mask_without_holes_stays_on_the_host_and_one_with_padding_travels(module):
+    ids = torch.arange(12).view(3, 4)
+    whole, padded = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    padded[2] = False
+    assert set(module.on_before_batch_transfer({"input_ids": ids, "attention_mask": whole}, 0)) == {"input_ids"}
+    sent = module.on_before_batch_transfer({"input_ids": ids, "attention_mask": padded}, 0)
+    assert torch.equal(sent["attention_mask"], padded)
+
+
 def test_fit_loads_both_and_the_loaders_hold_the_windows(module):
     module.setup("fit")
     assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == [4, 4, 2]
@@ -187,7 +196,7 @@ class Toy(LightningModule):
         return self.logits(batch["input_ids"][:, :1]).mean()
 
     def validation_step(self, batch, batch_idx):
-        self.perplexity.update(self.logits(batch["input_ids"]), batch["input_ids"], batch["attention_mask"])
+        self.perplexity.update(self.logits(batch["input_ids"]), batch["input_ids"], batch.get("attention_mask"))
         self.log("perplexity", self.perplexity)
 
     def configure_optimizers(self):
