@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TOKENS_PER_BATCH = 2048
+"""Tokens of a batch where nothing else is asked for. On one core opt-mini takes as long with 512 to 2,048 of them, and
+with 4,096 and 8,192 tokens 12 % and 23 % longer for perplexity and a peak of 2.1 and 3.3 GB instead of 1.6 GB."""
 LOGIT_BYTES = 2**29
 """What the logits of one forward may take, in float32: 2,669 tokens of OPT's 50,272 words. One window always runs."""
 
@@ -49,7 +52,7 @@ def real_tokens(batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tens
     return {name: value for name, value in batch.items() if name != "attention_mask"}, None
 
 
-def windows_per_batch(time: int, tokens: int) -> int:
+def windows_per_batch(time: int, tokens: int = TOKENS_PER_BATCH) -> int:
     """Return how many windows of `time` tokens a budget of `tokens` allows: one at least."""
     return max(1, tokens // time)
 

@@ -17,7 +17,7 @@ def by_hand(model, windows):
     return math.exp(sum(losses) / (windows.numel() - len(windows)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 8])
 def test_perplexity_is_that_of_a_loop_by_hand_for_any_batch_size(batch_size):
     model, windows = make_model("llama"), make_tokens(7, 20)
     # Float32 entropies are right to 5e-7 nats each; batches of another size round the logits otherwise, to 1e-6.

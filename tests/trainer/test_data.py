@@ -143,9 +143,41 @@ def test_every_bad_argument_is_listed_before_anything_is_read(monkeypatch):
             num_samples=0,
             eval_windows=0,
             batch_size=0,
+            tokens_per_batch=0,
         )
-    for part in ("num_samples", "eval_windows", "batch_size", "/no/such.txt", "'wikitext'", "['c4'] more than once"):
+    for part in (
+        "num_samples",
+        "eval_windows",
+        "batch_size",
+        "tokens_per_batch must be",
+        "/no/such.txt",
+        "'wikitext'",
+        "['c4'] more than once",
+    ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"batch_size": 4}, [4, 4, 2]),
+        ({"tokens_per_batch": 4 * 16}, [4, 4, 2]),
+        ({"tokens_per_batch": 5 * 16 - 1}, [4, 4, 2]),  # a window is never cut
+        ({"tokens_per_batch": 1}, [1] * 10),
+        ({}, [10]),  # of 2,048 tokens, 160 are there
+    ],
+    ids=str,
+)
+def test_a_batch_has_as_many_windows_as_its_tokens_allow(settings, sizes, texts):
+    module = TextDataModule(seq_len=16, calibration=texts[0], evaluation=[texts[1]], num_samples=10, **settings)
+    module.setup("fit")
+    assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == sizes
+    assert len(next(iter(module.val_dataloader()[0]))["input_ids"]) == max(sizes) if settings else 128
+
+
+def test_two_settings_of_one_thing_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"batch_size and tokens_per_batch exclude each other, got 4 and 64"):
+        TextDataModule(batch_size=4, tokens_per_batch=64)
 
 
 def test_evaluation_must_name_something():
