@@ -145,15 +145,8 @@ def test_every_bad_argument_is_listed_before_anything_is_read(monkeypatch):
             batch_size=0,
             tokens_per_batch=0,
         )
-    for part in (
-        "num_samples",
-        "eval_windows",
-        "batch_size",
-        "tokens_per_batch must be",
-        "/no/such.txt",
-        "'wikitext'",
-        "['c4'] more than once",
-    ):
+    numbers = [f"{name} must be at least 1, got 0" for name in ("num_samples", "batch_size", "tokens_per_batch")]
+    for part in (*numbers, "eval_windows", "/no/such.txt", "'wikitext'", "['c4'] more than once"):
         assert part in str(caught.value)
 
 
@@ -172,7 +165,9 @@ def test_a_batch_has_as_many_windows_as_its_tokens_allow(settings, sizes, texts)
     module = TextDataModule(seq_len=16, calibration=texts[0], evaluation=[texts[1]], num_samples=10, **settings)
     module.setup("fit")
     assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == sizes
-    assert len(next(iter(module.val_dataloader()[0]))["input_ids"]) == max(sizes) if settings else 128
+    (evaluation,) = module.val_dataloader()
+    assert len(evaluation.dataset) > 128 == 2048 // 16
+    assert len(next(iter(evaluation))["input_ids"]) == (sizes[0] if settings else 128)
 
 
 def test_two_settings_of_one_thing_are_refused_by_name():
