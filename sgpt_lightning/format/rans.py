@@ -164,22 +164,23 @@ def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArr
         raise ValueError(f"stream {int(np.diff(offsets).argmin())} is shorter than the {lanes} states of its lanes")
     found = np.ascontiguousarray(dealt.transpose(1, 0, 2)).reshape(steps, -1)
     state = np.ascontiguousarray(words[offsets[:-1, None] + np.arange(2 * lanes)]).view("<u4").reshape(-1)
-    last = (offsets[:-1, None] + 2 * lanes - 1).astype(np.int64)
     move = np.empty(state.size, np.uint64)
     frequency, inside = move.view(np.uint32)[0::2], move.view(np.uint32)[1::2]
+    edges, stream_of, ranks = np.arange(streams + 1) * lanes, np.arange(state.size) // lanes, np.arange(state.size)
+    cursor = offsets[:-1] + 2 * lanes
     for place in found:
         place += (state & np.uint32(SLOTS - 1)).view(np.int32)
         moves.take(place, out=move, mode="clip")
         state >>= np.uint32(SLOT_BITS)
         state *= frequency
         state += inside
-        asks = state < np.uint32(FIRST_STATE)
-        taken = asks.reshape(streams, lanes).cumsum(1)
-        taken += last
-        last = taken[:, -1:]
-        word = words.take(taken.reshape(-1)[asks], mode="clip")
-        state[asks] = (state[asks] << np.uint32(16)) | word
-    cursor = last[:, 0] + 1
+        asks = (state < np.uint32(FIRST_STATE)).nonzero()[0]
+        bounds = asks.searchsorted(edges)
+        taken = (cursor - bounds[:-1]).take(stream_of.take(asks))
+        taken += ranks[: asks.size]
+        state[asks] = state.take(asks) << np.uint32(16) | words.take(taken, mode="clip")
+        cursor += bounds[1:]
+        cursor -= bounds[:-1]
     rest = words[cursor[-1] : offsets[-1]]
     if np.any(state != FIRST_STATE) or np.any(cursor[:-1] != offsets[1:-1]) or cursor[-1] > offsets[-1] or rest.any():
         raise ValueError(f"words of {streams} streams do not end where their {dealt.size} codes do")
