@@ -34,8 +34,8 @@ the symbol that slot = state % 4096 belongs to, and goes to frequency of the sym
 of the symbol; then, in lane order, each lane whose state is below 2^16 takes the next word of the stream and goes to
 state * 2^16 + word. After the last step all states are 2^16. Behind the last stream there may be zeros.
 
-*Extra bits.* Code by code, row by row: the low s bits of b; after an escape, as many bits as the header says, with
-2 * (|h| - T - 1), plus 1 if h is negative.
+*Extra bits.* Code by code, row by row: the low s bits of b; for an escape the low s + escape bits, which hold all of b
+in two's complement.
 
 The bytes depend on the codes alone. A code is at most 2^24 - 1 in magnitude. Beyond the entropy within the tables they
 take 24 bits a lane, which has 8,192 bits and 2,048 codes to itself where there are as many, a byte per table and
@@ -78,13 +78,9 @@ class _Model(NamedTuple):
     contexts: Contexts
     chosen: Tensor
     """int16 `[out_features, in_features]`: the table of each code."""
-    shifts: Tensor
-    """int32 `[out_features, in_features]`: low bits that it leaves aside."""
     heads: Tensor
     """int32 `[out_features, in_features]`: codes without their low bits."""
     tables: Tables
-    over: Tensor
-    """int32 `[out_features, in_features]`: what an escape stores; negative where the table has the code."""
 
 
 class _Sizes(NamedTuple):
@@ -99,7 +95,7 @@ class _Sizes(NamedTuple):
 def coded_size(codes: Tensor) -> int:
     """Return the bytes of all tensors of `encode(codes)`, without coding.
 
-    It runs on the device of the codes and waits for it once (and where `torch.bincount` does). Codes that repeat in
+    It runs on the device of the codes and waits for it twice, and where `torch.bincount` does. Codes that repeat in
     step with the lanes, such as one code everywhere that is not 0, can take up to 1 % more; for others it is exact.
 
     Args:
@@ -166,7 +162,7 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
     data = given["tables"].tobytes()
     header = Header.of(data, shape[0] * shape[1])
-    largest, lookup = read_tables(data, header)
+    lookup = read_tables(data, header)
     rows = _unpack_levels("rows", given, header.row_bits, shape[0])
     columns = _unpack_levels("columns", given, header.column_bits, shape[1])
     levels = level_of(rows, columns, header.base)
@@ -177,18 +173,18 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"offsets must lead to {split.streams} streams in {given['stream'].size} words")
     symbols = rans.decode(given["stream"], offsets, lookup, tables.view(-1).numpy(), split)
     codes = torch.from_numpy(symbols.astype(np.int32) - LARGEST)
-    _add_extra(codes.numpy(), tables.view(-1).numpy(), largest, given["extra"], header)
+    _add_extra(codes.numpy(), tables.view(-1).numpy(), given["extra"], header)
     return codes.view(shape)
 
 
 def _model(codes: Tensor) -> _Model:
     contexts = contexts_of(codes)
     chosen = contexts.tables()
-    shifts = contexts.shifts()[chosen.int()]
-    heads = (codes + ((1 << shifts) >> 1)) >> shifts
-    tables = tables_of(heads, chosen)
-    over = 2 * (heads.abs() - tables.largest.int()[chosen.int()] - 1) + (heads < 0)
-    return _Model(contexts, chosen, shifts, heads, tables, over)
+    heads = codes
+    if shift_of(contexts.highest):
+        shifts = contexts.shifts()[chosen.int()]
+        heads = (codes + ((1 << shifts) >> 1)) >> shifts
+    return _Model(contexts, chosen, heads, tables_of(heads, chosen))
 
 
 def _sizes(codes: Tensor, model: _Model) -> _Sizes:
@@ -197,19 +193,21 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
     used = torch.arange(LEVELS, device=codes.device) <= (contexts.highest - contexts.lowest) // contexts.breadth
     stored = tables.largest + 1 + (tables.escapes > 0)
     numbers = (
-        codes.min(), codes.max(), contexts.matrix, contexts.lowest, contexts.highest,
+        *codes.aminmax(), *model.heads.aminmax(), contexts.matrix, contexts.lowest, contexts.highest,
         contexts.rows.min(), contexts.rows.max(), contexts.columns.min(), contexts.columns.max(),
         tables.cost(), (used * (1 + stored * (stored > 1))).sum(),
-        (tables.counts.sum(1) * contexts.shifts()).sum(), tables.escapes.sum(), model.over.max(),
+        (tables.counts.sum(1) * contexts.shifts()).sum(), tables.escapes.sum(),
     )  # fmt: skip
-    smallest, greatest, matrix, lowest, highest, *rest = torch.stack([number.long() for number in numbers]).tolist()
-    low_row, high_row, low_column, high_column, cost, table_bytes, low_bits, escapes, over = rest
+    smallest, greatest, *rest = torch.stack([number.long() for number in numbers]).tolist()
+    low_head, high_head, matrix, lowest, highest, low_row, high_row, low_column, high_column, *rest = rest
+    cost, table_bytes, low_bits, escapes = rest
     if max(-smallest, greatest) > LIMIT:
         raise ValueError(f"codes must be from {-LIMIT} to {LIMIT}, got {smallest} to {greatest}")
     bits = -(-cost // COST_UNIT)
     lanes = rans.lanes_for(bits, codes.numel())
     row_bits, column_bits = (high_row - low_row).bit_length(), (high_column - low_column).bit_length()
-    base, escape_bits = low_row + low_column - matrix, max(over, 0).bit_length()
+    escape_bits = max(high_head, -low_head - 1).bit_length() + 1 if escapes else 0
+    base = low_row + low_column - matrix
     header = Header(lanes, lowest, highest, contexts.breadth, base, row_bits, column_bits, escape_bits)
     extra_bits = low_bits + escapes * header.escape_bits
     return _Sizes(header, HEADER_BYTES + table_bytes, rans.words_for(bits, lanes), extra_bits)
@@ -218,33 +216,35 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
 def _encode_streams(model: _Model, header: Header) -> list[NDArray[np.uint16]]:
     slots = signed(model.tables.slots().numpy()).astype(np.uint32)
     starts = np.cumsum(slots, 1, dtype=np.uint32) - slots
-    symbol = torch.where(model.over < 0, model.heads + LARGEST, ESCAPE)
+    symbol = torch.where(_escaped(model), ESCAPE, model.heads + LARGEST)
     place = (model.chosen.int() * slots.shape[1] + symbol).view(-1).numpy()
     split = rans.Split.of(place.size, header.lanes)
     return rans.encode(slots.reshape(-1)[place], starts.reshape(-1)[place], split)
 
 
+def _escaped(model: _Model) -> Tensor:
+    return model.heads.abs() > model.tables.largest.int()[model.chosen.int()]
+
+
 def _encode_extra(codes: Tensor, model: _Model, header: Header) -> NDArray[np.uint8]:
-    over, heads, shifts, code = (m.reshape(-1).numpy() for m in (model.over, model.heads, model.shifts, codes))
-    stored = np.flatnonzero((shifts > 0) | (over >= 0))
-    shift = shifts[stored].astype(np.int64)
-    low = code[stored] + ((1 << shift) >> 1) - (heads[stored].astype(np.int64) << shift)
-    escaped = over[stored] >= 0
-    return pack_extra(
-        low + (np.maximum(over[stored], 0).astype(np.int64) << shift), shift + header.escape_bits * escaped
-    )
+    code, chosen, escaped = (matrix.reshape(-1).numpy() for matrix in (codes, model.chosen, _escaped(model)))
+    shifts = model.contexts.shifts().long().numpy()
+    stored = np.flatnonzero(escaped | (shifts > 0)[chosen])
+    shift = shifts[chosen[stored]]
+    widths = shift + header.escape_bits * escaped[stored]
+    return pack_extra(code[stored] + ((1 << shift) >> 1) & ((1 << widths) - 1), widths)
 
 
-def _add_extra(codes: NDArray, tables: NDArray, largest: NDArray, extra: NDArray, header: Header) -> None:
+def _add_extra(codes: NDArray, tables: NDArray, extra: NDArray, header: Header) -> None:
     """Replace symbols by codes, in place: `codes` and `tables` are `[count]`."""
     shifts = shift_of(header.lowest + header.breadth * torch.arange(header.tables)).numpy()
-    stored = np.flatnonzero((codes == ESCAPE - LARGEST) | (shifts > 0)[tables])
-    table, head = tables[stored], codes[stored].astype(np.int64)
-    escaped, shift = head == ESCAPE - LARGEST, shifts[table]
-    values = unpack_extra(extra, shift + header.escape_bits * escaped)
-    over = values >> shift
-    beyond = (largest[table] + 1 + (over >> 1)) * (1 - 2 * (over & 1))
-    found = (np.where(escaped, beyond, head) << shift) + (values & ((1 << shift) - 1)) - ((1 << shift) >> 1)
+    escaped = codes == ESCAPE - LARGEST
+    stored = np.flatnonzero(escaped | (shifts > 0)[tables])
+    head, shift, escaped = codes[stored].astype(np.int64), shifts[tables[stored]], escaped[stored]
+    widths = shift + header.escape_bits * escaped
+    values = unpack_extra(extra, widths)
+    above = np.where(escaped, -(values >> np.maximum(widths - 1, 0)) << widths, head << shift)
+    found = above + values - ((1 << shift) >> 1)
     if np.any(np.abs(found) > LIMIT):
         raise ValueError(f"a code is more than {LIMIT} in magnitude")
     codes[stored] = found
