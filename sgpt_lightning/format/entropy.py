@@ -38,7 +38,7 @@ state * 2^16 + word. After the last step all states are 2^16. Behind the last st
 in two's complement.
 
 The bytes depend on the codes alone. A code is at most 2^24 - 1 in magnitude. Beyond the entropy within the tables they
-take 24 bits a lane, which has 8,192 bits and 2,048 codes to itself where there are as many, a byte per table and
+take 24 bits a lane, which has 8,192 bits and 2,048 codes to itself where there are enough, a byte per table and
 magnitude, and some bits a row and column. Left out: checksums (the file has them), and what a code stands for (steps
 and scales).
 """
@@ -127,7 +127,8 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
     codes = codes.cpu()
     model = _model(codes)
     sizes = _sizes(codes, model)
-    streams = _encode_streams(model, sizes.header)
+    escaped = model.heads.abs() > model.tables.largest.int()[model.chosen.int()]
+    streams = _encode_streams(model, escaped, sizes.header)
     lengths = np.cumsum([stream.size for stream in streams])
     words = np.zeros(max(sizes.words, lengths[-1]), np.uint16)
     words[: lengths[-1]] = np.concatenate(streams)
@@ -138,7 +139,7 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
         "columns": _pack_levels(model.contexts.columns, sizes.header.column_bits),
         "stream": torch.from_numpy(words),
         "offsets": torch.from_numpy(lengths[:-1].astype(np.int32)),
-        "extra": torch.from_numpy(_encode_extra(codes, model, sizes.header)),
+        "extra": torch.from_numpy(_encode_extra(codes, model, escaped, sizes.header)),
     }
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
@@ -213,21 +214,17 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
     return _Sizes(header, HEADER_BYTES + table_bytes, rans.words_for(bits, lanes), extra_bits)
 
 
-def _encode_streams(model: _Model, header: Header) -> list[NDArray[np.uint16]]:
+def _encode_streams(model: _Model, escaped: Tensor, header: Header) -> list[NDArray[np.uint16]]:
     slots = signed(model.tables.slots().numpy()).astype(np.uint32)
     starts = np.cumsum(slots, 1, dtype=np.uint32) - slots
-    symbol = torch.where(_escaped(model), ESCAPE, model.heads + LARGEST)
+    symbol = torch.where(escaped, ESCAPE, model.heads + LARGEST)
     place = (model.chosen.int() * slots.shape[1] + symbol).view(-1).numpy()
     split = rans.Split.of(place.size, header.lanes)
     return rans.encode(slots.reshape(-1)[place], starts.reshape(-1)[place], split)
 
 
-def _escaped(model: _Model) -> Tensor:
-    return model.heads.abs() > model.tables.largest.int()[model.chosen.int()]
-
-
-def _encode_extra(codes: Tensor, model: _Model, header: Header) -> NDArray[np.uint8]:
-    code, chosen, escaped = (matrix.reshape(-1).numpy() for matrix in (codes, model.chosen, _escaped(model)))
+def _encode_extra(codes: Tensor, model: _Model, escapes: Tensor, header: Header) -> NDArray[np.uint8]:
+    code, chosen, escaped = (matrix.reshape(-1).numpy() for matrix in (codes, model.chosen, escapes))
     shifts = model.contexts.shifts().long().numpy()
     stored = np.flatnonzero(escaped | (shifts > 0)[chosen])
     shift = shifts[chosen[stored]]

@@ -22,20 +22,20 @@ FIRST_STATE = 1 << 16
 LANES = 64
 """Lanes of a stream, where there is more than one stream."""
 STREAMS_AT_ONCE = 32
-"""Streams that numpy decodes side by side: 2,048 lanes keep its overhead small and its arrays in the cache."""
-
-
+"""Streams that numpy codes side by side: 2,048 lanes keep its overhead small and its arrays in the cache."""
 MAX_STEPS = 1 << 14
 """Most codes of one lane; it bounds the time that a damaged file can cost."""
 _LANE_BITS = 8192
-"""A lane costs 24 bits on average; with this many to itself that is 0.3 %."""
+"""A lane costs 24 bits on average; with this many to itself that is 0.3 %. Lanes past `_MANY` have twice as many."""
 _LANE_CODES = 2048
 """Fewer codes a lane would make nothing faster that is not fast."""
+_MANY = LANES * STREAMS_AT_ONCE
 
 
 def lanes_for(bits: int, count: int) -> int:
     """Choose the lanes for `count` codes that take `bits` bits."""
-    lanes = max(min(bits // _LANE_BITS, count // _LANE_CODES), 1)
+    lanes = min(bits // _LANE_BITS, count // _LANE_CODES)
+    lanes = max(min(lanes, max(_MANY, bits // (2 * _LANE_BITS))), 1)
     if lanes > LANES:
         lanes = (lanes + LANES // 2) // LANES * LANES
     fewest = -(-count // MAX_STEPS)
@@ -71,6 +71,11 @@ class Split(NamedTuple):
         streams = -(-all_lanes // LANES)
         return cls(streams, all_lanes // streams, -(-count // all_lanes))
 
+    def groups(self) -> list[slice]:
+        """Return the streams that are coded side by side."""
+        firsts = range(0, self.streams, STREAMS_AT_ONCE)
+        return [slice(first, min(first + STREAMS_AT_ONCE, self.streams)) for first in firsts]
+
     def deal(self, codes: NDArray, idle: int) -> NDArray:
         """Arrange `[count]` as `[streams, steps, lanes]`; what is past the end is `idle`."""
         dealt = np.full(self.streams * self.steps * self.lanes, idle, codes.dtype)
@@ -98,20 +103,30 @@ def encode(frequencies: NDArray[np.uint32], starts: NDArray[np.uint32], split: S
     Returns:
         The words of each stream: two for the state of each lane, low half first, and those that its lanes ask for.
     """
-    step_frequencies = split.deal(frequencies, SLOTS).transpose(1, 0, 2)
-    step_starts = split.deal(starts, 0).transpose(1, 0, 2)
-    state = np.full((split.streams, split.lanes), FIRST_STATE, np.uint32)
-    words = np.empty((split.streams, split.steps, split.lanes), np.uint16)
-    asks = np.empty(words.shape, np.bool_)
-    for step in reversed(range(split.steps)):
-        frequency = np.ascontiguousarray(step_frequencies[step])
-        full = (state >> np.uint32(32 - SLOT_BITS)) >= frequency
-        words[:, step], asks[:, step] = state, full  # the low half; the cast cuts the rest
-        state = np.where(full, state >> np.uint32(16), state)
-        quotient = state // frequency
-        state += quotient * (np.uint32(SLOTS) - frequency) + step_starts[step]
-    heads = state.astype("<u4").view("<u2").reshape(split.streams, -1)
-    return [np.concatenate([heads[s], words[s][asks[s]]]) for s in range(split.streams)]
+    dealt = split.deal(frequencies, SLOTS), split.deal(starts, 0)
+    streams = []
+    for group in split.groups():
+        words, asks, states = _encode_group(*(part[group] for part in dealt))
+        heads = states.astype("<u4").view("<u2")
+        streams += [np.concatenate([heads[s], words[s][asks[s]]]) for s in range(len(heads))]
+    return streams
+
+
+def _encode_group(frequencies: NDArray, starts: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Return the low half of each state before its step, whether it was put out, and the states to start with."""
+    streams, steps, lanes = frequencies.shape
+    by_step = frequencies.transpose(1, 0, 2).reshape(steps, -1), starts.transpose(1, 0, 2).reshape(steps, -1)
+    state = np.full(streams * lanes, FIRST_STATE, np.uint32)
+    words, asks = np.empty((steps, state.size), np.uint16), np.empty((steps, state.size), np.bool_)
+    for step in reversed(range(steps)):
+        frequency, start = by_step[0][step], by_step[1][step]
+        full = np.greater_equal(state >> np.uint32(32 - SLOT_BITS), frequency, out=asks[step])
+        words[step] = state  # the cast cuts the high half
+        np.right_shift(state, np.uint32(16), out=state, where=full)
+        state += state // frequency * (np.uint32(SLOTS) - frequency)
+        state += start
+    shape = (steps, streams, lanes)
+    return words.reshape(shape).transpose(1, 0, 2), asks.reshape(shape).transpose(1, 0, 2), state.reshape(streams, -1)
 
 
 def slot_table(frequencies: NDArray) -> SlotTable:
@@ -151,8 +166,7 @@ def decode(
     idle = np.arange(SLOTS, dtype=np.uint64) << np.uint64(32) | np.uint64(SLOTS)
     moves = np.concatenate([table.moves, idle])
     dealt = split.deal(chosen.astype(np.int32) << SLOT_BITS, table.moves.size)
-    for first in range(0, split.streams, STREAMS_AT_ONCE):
-        group = slice(first, min(first + STREAMS_AT_ONCE, split.streams))
+    for group in split.groups():
         dealt[group] = _decode_group(words, offsets[group.start : group.stop + 1], moves, dealt[group])
     return table.symbols[dealt.reshape(-1)[: chosen.size]]
 

@@ -1,7 +1,9 @@
 """Entropy-coded codes: what comes back, what it costs, and what damage does."""
 
+import contextlib
 import hashlib
 import math
+import tracemalloc
 
 import constriction
 import numpy as np
@@ -13,6 +15,7 @@ from oracles import generator
 from sgpt_lightning.format.entropy import coded_size, decode, encode
 
 LIMIT = 2**24 - 1
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SCALES = {1: 0.3, 2: 0.65, 3: 1.3, 4: 2.6, 6: 10.5}
 """Mean magnitude before rounding, by the bits that codes then take, about."""
 
@@ -112,11 +115,12 @@ def test_every_level_of_magnitude_is_used_and_comes_back():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_size_is_exact_for_codes_of_any_rate(seed):
+def test_the_size_is_exact_for_codes_of_any_rate_on_any_device(seed):
     g = generator(seed)
     shape = tuple(torch.randint(1, 700, (2,), generator=g).tolist())
     codes = made(shape, 2 ** (6 * torch.rand(1, generator=g).item() - 3), seed)
-    assert coded_size(codes) == nbytes(encode(codes))
+    for device in DEVICES:
+        assert coded_size(codes.to(device)) == nbytes(encode(codes))
 
 
 def test_a_constant_takes_at_most_a_hundredth_more_than_was_said():
@@ -260,3 +264,17 @@ def test_damage_is_an_error_or_leads_to_as_many_codes():
             outcomes["decoded"] += 1
     assert outcomes["refused"] > 400, outcomes
     assert outcomes["decoded"] > 0, outcomes
+
+
+def test_no_bit_of_the_header_makes_memory_grow():
+    codes = made((17, 20), 1.3)
+    tensors = encode(codes)
+    tracemalloc.start()
+    for bit in range(12 * 8):
+        tables = tensors["tables"].clone()
+        tables[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(ValueError):
+            decode({**tensors, "tables": tables}, (17, 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6, "bytes; a table takes 36,864 in the decoder, and at least a byte in the file"
