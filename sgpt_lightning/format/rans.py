@@ -9,6 +9,7 @@ It leaves out what the symbols mean and where frequencies come from (`format/con
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ _LANE_BITS = 8192
 """A lane costs 24 bits on average; with this many to itself that is 0.3 %. Lanes past `_MANY` have twice as many."""
 _LANE_CODES = 2048
 """Fewer codes a lane would make nothing faster that is not fast."""
-_MANY = LANES * STREAMS_AT_ONCE
+_MANY = 2048
 
 
 def lanes_for(bits: int, count: int) -> int:
@@ -143,45 +144,79 @@ def slot_table(frequencies: NDArray) -> SlotTable:
     return SlotTable(moves, np.repeat(symbols, flat).astype(np.uint8))
 
 
-def decode(
-    words: NDArray[np.uint16], offsets: NDArray[np.int64], table: SlotTable, chosen: NDArray, split: Split
-) -> NDArray[np.uint8]:
-    """Decode the streams of a matrix.
+class Coded(NamedTuple):
+    """The streams of a matrix, ready to be decoded."""
 
-    Args:
-        words: uint16 `[words]`.
-        offsets: int64 `[streams + 1]`, ascending, first 0: stream s is words[offsets[s] : offsets[s + 1]]. What the
-            last stream leaves of its words must be 0.
-        table: of `slot_table`.
-        chosen: int `[count]`, the table of each code.
-        split: how codes are dealt.
+    words: NDArray[np.uint16]
+    """`[words]`."""
+    offsets: NDArray[np.int64]
+    """`[streams + 1]`, ascending, first 0, last the number of words: stream s is words[offsets[s] : offsets[s + 1]]."""
+    table: SlotTable
+    """Of `slot_table`."""
+    chosen: NDArray
+    """int `[count]`: the table of each code."""
+    split: Split
+
+
+def decode(matrices: Sequence[Coded]) -> list[NDArray[np.uint8]]:
+    """Decode the streams of matrices side by side: small ones have too few lanes to be fast alone.
 
     Returns:
-        The symbols, uint8 `[count]`.
+        The symbols of each matrix, uint8 `[count]`.
 
     Raises:
         ValueError: the words are not those of such codes.
     """
     # Idle lanes stay where they are: one symbol with all slots.
     idle = np.arange(SLOTS, dtype=np.uint64) << np.uint64(32) | np.uint64(SLOTS)
-    moves = np.concatenate([table.moves, idle])
-    dealt = split.deal(chosen.astype(np.int32) << SLOT_BITS, table.moves.size)
-    for group in split.groups():
-        dealt[group] = _decode_group(words, offsets[group.start : group.stop + 1], moves, dealt[group])
-    return table.symbols[dealt.reshape(-1)[: chosen.size]]
+    moves = np.concatenate([*(matrix.table.moves for matrix in matrices), idle])
+    streams, dealt, first = [], [], 0
+    for matrix in matrices:
+        places = (matrix.chosen.astype(np.int32) << SLOT_BITS) + np.int32(first)
+        dealt.append(matrix.split.deal(places, moves.size - SLOTS))
+        edges = zip(matrix.offsets[:-1], matrix.offsets[1:], strict=True)
+        streams += [_Stream(matrix.words[a:b], found) for (a, b), found in zip(edges, dealt[-1], strict=True)]
+        first += matrix.table.moves.size
+    streams.sort(key=lambda stream: -len(stream.places))
+    for start in range(0, len(streams), STREAMS_AT_ONCE):
+        _decode_group(streams[start : start + STREAMS_AT_ONCE], moves)
+    symbols = np.concatenate([matrix.table.symbols for matrix in matrices])
+    return [symbols[places.reshape(-1)[: m.chosen.size]] for places, m in zip(dealt, matrices, strict=True)]
 
 
-def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArray) -> NDArray[np.int32]:
-    """Return where in `moves` each code was, like `dealt`, which says where its table starts."""
-    streams, steps, lanes = dealt.shape
-    if np.any(np.diff(offsets) < 2 * lanes):
-        raise ValueError(f"stream {int(np.diff(offsets).argmin())} is shorter than the {lanes} states of its lanes")
-    found = np.ascontiguousarray(dealt.transpose(1, 0, 2)).reshape(steps, -1)
-    state = np.ascontiguousarray(words[offsets[:-1, None] + np.arange(2 * lanes)]).view("<u4").reshape(-1)
+class _Stream(NamedTuple):
+    words: NDArray[np.uint16]
+    places: NDArray[np.int32]
+    """`[steps, lanes]`: where in all slots the table of a code starts; once decoded, where the code was."""
+
+
+def _decode_group(streams: Sequence[_Stream], moves: NDArray[np.uint64]) -> None:
+    """Decode streams side by side, the one with the most steps first; their `places` are replaced."""
+    lanes = np.array([stream.places.shape[1] for stream in streams])
+    if any(stream.words.size < 2 * stream.places.shape[1] for stream in streams):
+        raise ValueError("a stream is shorter than the states of its lanes")
+    edges = np.concatenate([[0], np.cumsum(lanes)])
+    found = np.full((len(streams[0].places), edges[-1]), moves.size - SLOTS, np.int32)
+    for edge, stream in zip(edges, streams, strict=False):
+        found[: len(stream.places), edge : edge + stream.places.shape[1]] = stream.places
+    words = np.concatenate([stream.words for stream in streams])
+    ends = np.cumsum([stream.words.size for stream in streams])
+    state = np.concatenate([s.words[: 2 * s.places.shape[1]].view("<u4") for s in streams]).astype(np.uint32)
+    cursor = _run(words, np.concatenate([[0], ends[:-1]]) + 2 * lanes, moves, found, state, edges)
+    rests = (words[start:end] for start, end in zip(cursor, ends, strict=True))
+    if np.any(state != FIRST_STATE) or np.any(cursor > ends) or any(rest.any() for rest in rests):
+        raise ValueError(f"words of {len(streams)} streams do not end where their codes do")
+    for edge, stream in zip(edges, streams, strict=False):
+        stream.places[:] = found[: len(stream.places), edge : edge + stream.places.shape[1]]
+
+
+def _run(
+    words: NDArray, cursor: NDArray, moves: NDArray, found: NDArray, state: NDArray, edges: NDArray
+) -> NDArray[np.int64]:
+    """Take all steps; `found` `[steps, lanes]` and `state` `[lanes]` change in place. Return where each stream ends."""
     move = np.empty(state.size, np.uint64)
     frequency, inside = move.view(np.uint32)[0::2], move.view(np.uint32)[1::2]
-    edges, stream_of, ranks = np.arange(streams + 1) * lanes, np.arange(state.size) // lanes, np.arange(state.size)
-    cursor = offsets[:-1] + 2 * lanes
+    ranks, stream_of = np.arange(state.size), np.repeat(np.arange(cursor.size), np.diff(edges))
     for place in found:
         place += (state & np.uint32(SLOTS - 1)).view(np.int32)
         moves.take(place, out=move, mode="clip")
@@ -195,7 +230,4 @@ def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArr
         state[asks] = state.take(asks) << np.uint32(16) | words.take(taken, mode="clip")
         cursor += bounds[1:]
         cursor -= bounds[:-1]
-    rest = words[cursor[-1] : offsets[-1]]
-    if np.any(state != FIRST_STATE) or np.any(cursor[:-1] != offsets[1:-1]) or cursor[-1] > offsets[-1] or rest.any():
-        raise ValueError(f"words of {streams} streams do not end where their {dealt.size} codes do")
-    return found.reshape(steps, streams, lanes).transpose(1, 0, 2)
+    return cursor

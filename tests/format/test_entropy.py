@@ -12,7 +12,7 @@ import torch
 from entropy_reader import read_codes
 from oracles import generator
 
-from sgpt_lightning.format.entropy import coded_size, decode, encode
+from sgpt_lightning.format.entropy import coded_size, decode, decode_all, encode
 
 LIMIT = 2**24 - 1
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -98,6 +98,14 @@ def test_a_plain_loop_reads_several_streams():
     tensors = encode(codes)
     assert len(tensors["offsets"]) >= 1
     assert read_codes(lists(tensors), (256, 1024)) == codes.tolist()
+
+
+def test_matrices_side_by_side_are_what_each_is_alone():
+    matrices = [*CASES.values(), torch.zeros(3, 0, dtype=torch.int32), made((500, 300), 0.4)]
+    decoded = decode_all([(encode(codes), (codes.shape[0], codes.shape[1])) for codes in matrices])
+    assert len(decoded) == len(matrices)
+    assert all(torch.equal(codes, expected) for codes, expected in zip(decoded, matrices, strict=True))
+    assert decode_all([]) == []
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
