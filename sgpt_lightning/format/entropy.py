@@ -24,7 +24,7 @@ bits of b are extra bits. If |h| > T, the symbol is the escape.
 escape. Each h from -T to T and the escape get 1 + weight * (4096 - n) // (sum of all n weights) slots, where h and -h
 have the entry of their magnitude; if all weights are 0, 1 slot. Of the slots that are then left of 4,096, the
 magnitudes 1, 2, ... T get one more for either sign, in this order, as long as two are left; h = 0 gets the rest. Slots
-lie in the order of h from -T to T, and the escape last.
+lie in the order of h = 0, 1, -1, 2, -2, ... T, -T, and the escape last.
 
 *Streams.* With up to 64 lanes there is one stream; otherwise lanes are a multiple of 64, and each stream has 64. All
 streams take steps = ceil(codes / all lanes) steps, at most 16,384. Codes are counted row by row; a stream has steps *
@@ -54,8 +54,9 @@ from torch import Tensor
 from sgpt_lightning.format import rans
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.contexts import LEVELS, LIMIT, Contexts, contexts_of, level_of, shift_of, table_of
-from sgpt_lightning.format.frequencies import COST_UNIT, LARGEST, Tables, tables_of
+from sgpt_lightning.format.frequencies import COST_UNIT, Tables, tables_of
 from sgpt_lightning.format.side import (
+    CODES,
     ESCAPE,
     HEADER_BYTES,
     Header,
@@ -174,8 +175,9 @@ def decode_all(matrices: Sequence[tuple[Mapping[str, Tensor], tuple[int, int]]])
         if codes.numel():
             header, coded = next(headers)
             flat = codes.view(-1).numpy()
-            np.subtract(next(symbols), LARGEST, out=flat, dtype=np.int32)
-            _add_extra(flat, coded.chosen, arrays["extra"], header)
+            found = next(symbols)
+            CODES.take(found, out=flat)
+            _add_extra(flat, found == ESCAPE, coded.chosen, arrays["extra"], header)
         decoded.append(codes)
     return decoded
 
@@ -234,7 +236,7 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
 def _encode_streams(model: _Model, escaped: Tensor, header: Header) -> list[NDArray[np.uint16]]:
     slots = signed(model.tables.slots().numpy()).astype(np.uint32)
     starts = np.cumsum(slots, 1, dtype=np.uint32) - slots
-    symbol = torch.where(escaped, ESCAPE, model.heads + LARGEST)
+    symbol = torch.where(escaped, ESCAPE, 2 * model.heads.abs() - (model.heads > 0).int())
     place = (model.chosen.int() * slots.shape[1] + symbol).view(-1).numpy()
     split = rans.Split.of(place.size, header.lanes)
     return rans.encode(slots.reshape(-1)[place], starts.reshape(-1)[place], split)
@@ -249,10 +251,9 @@ def _encode_extra(codes: Tensor, model: _Model, escapes: Tensor, header: Header)
     return pack_extra(code[stored] + ((1 << shift) >> 1) & ((1 << widths) - 1), widths)
 
 
-def _add_extra(codes: NDArray, tables: NDArray, extra: NDArray, header: Header) -> None:
-    """Replace symbols by codes, in place: `codes` and `tables` are `[count]`."""
+def _add_extra(codes: NDArray, escaped: NDArray, tables: NDArray, extra: NDArray, header: Header) -> None:
+    """Put extra bits into codes, in place: `codes`, `escaped` and `tables` are `[count]`."""
     shifts = shift_of(header.lowest + header.breadth * torch.arange(header.tables)).numpy()
-    escaped = codes == ESCAPE - LARGEST
     stored = np.flatnonzero(escaped | (shifts > 0)[tables])
     head, shift, escaped = codes[stored].astype(np.int64), shifts[tables[stored]], escaped[stored]
     widths = shift + header.escape_bits * escaped

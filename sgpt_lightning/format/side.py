@@ -13,7 +13,9 @@ from sgpt_lightning.format.contexts import LEVELS, LIMIT
 from sgpt_lightning.format.frequencies import ENTRIES, LARGEST, Tables, slots_of
 
 ESCAPE = 2 * LARGEST + 1
-"""The symbol that stands for all that is not in the table; others are their code plus `LARGEST`."""
+"""The symbol that stands for all that is not in the table; others are 0, 1, -1, 2, -2, ... in this order."""
+CODES = np.array([0, *(sign * magnitude for magnitude in range(1, LARGEST + 1) for sign in (1, -1)), 0], np.int32)
+"""The code that each symbol stands for."""
 _HEADER = struct.Struct("<IBBBhBBB")
 _MOST_ESCAPE_BITS = LIMIT.bit_length() + 1
 
@@ -107,7 +109,7 @@ def read_tables(data: bytes, header: Header) -> rans.SlotTable:
 
 def signed(slots: NDArray) -> NDArray:
     """Turn slots per magnitude and escape, `[tables, LARGEST + 2]`, into slots per symbol, `[tables, ESCAPE + 1]`."""
-    return np.concatenate([slots[:, LARGEST:0:-1], slots], 1)
+    return np.concatenate([slots[:, :1], np.repeat(slots[:, 1:-1], 2, axis=1), slots[:, -1:]], 1)
 
 
 def pack_extra(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -24,8 +24,8 @@ def weight(entry: int) -> int:
 
 def table_of(largest: int, has_escape: bool, entries: list[int]) -> list[tuple[object, int]]:
     """Symbols and their slots, in the order of the slots."""
-    symbols: list[object] = [*range(-largest, largest + 1)]
-    weights = [weight(entries[abs(h)]) if entries else 0 for h in range(-largest, largest + 1)]
+    symbols: list[object] = [0, *(sign * h for h in range(1, largest + 1) for sign in (1, -1))]
+    weights = [weight(entries[abs(h)]) if entries else 0 for h in symbols]
     if has_escape:
         symbols.append("escape")
         weights.append(weight(entries[largest + 1]))
@@ -35,10 +35,10 @@ def table_of(largest: int, has_escape: bool, entries: list[int]) -> list[tuple[o
     for magnitude in range(1, largest + 1):
         if left < 2:
             break
-        slots[largest - magnitude] += 1
-        slots[largest + magnitude] += 1
+        slots[2 * magnitude - 1] += 1
+        slots[2 * magnitude] += 1
         left -= 2
-    slots[largest] += left
+    slots[0] += left
     assert min(slots) > 0
     assert sum(slots) == SLOTS
     return list(zip(symbols, slots, strict=True))
