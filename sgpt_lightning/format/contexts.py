@@ -91,12 +91,11 @@ def _breadth(count: int) -> int:
 
 
 def _levels(sums: Tensor, count: int) -> Tensor:
-    edges = torch.tensor(_level_edges(count), device=sums.device)
-    return torch.bucketize(sums, edges, right=True).to(torch.int16)
+    return torch.bucketize(sums, _level_edges(count, sums.device), right=True).to(torch.int16)
 
 
 @lru_cache(maxsize=256)
-def _level_edges(count: int) -> list[int]:
+def _level_edges(count: int, device: torch.device) -> Tensor:
     """From which sum of `count` magnitudes the level is 1, 2, ...: count * 2^((2 j - 1) / 8 - 8), rounded up."""
     roots = (isqrt(isqrt(isqrt(count**8 << (2 * level - 1)))) + 1 for level in range(1, LEVELS))
-    return [-(-root // 256) for root in roots]
+    return torch.tensor([-(-root // 256) for root in roots], device=device)

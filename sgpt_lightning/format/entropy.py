@@ -65,7 +65,7 @@ from sgpt_lightning.format.side import (
     signed,
     unpack_extra,
     write_tables,
-)  # fmt: skip
+)
 
 _DTYPES = {
     "tables": np.uint8, "rows": np.uint8, "columns": np.uint8, "stream": np.uint16, "offsets": np.int32,
@@ -96,8 +96,9 @@ class _Sizes(NamedTuple):
 def coded_size(codes: Tensor) -> int:
     """Return the bytes of all tensors of `encode(codes)`, without coding.
 
-    It runs on the device of the codes and waits for it twice, and where `torch.bincount` does. Codes that repeat in
-    step with the lanes, such as one code everywhere that is not 0, can take up to 1 % more; for others it is exact.
+    It runs on the device of the codes and waits for it twice, and where `torch.bincount` does. It is exact, save for
+    codes that repeat in step with the lanes or all cost the same (a checkerboard, a ramp, a constant that is not 0):
+    these can take up to 1 % more.
 
     Args:
         codes: int32 `[out_features, in_features]`, at most 2^24 - 1 in magnitude.
@@ -167,18 +168,14 @@ def decode_all(matrices: Sequence[tuple[Mapping[str, Tensor], tuple[int, int]]])
     once, so a large model is decoded part by part.
     """
     given = [_check_tensors(tensors, shape) for tensors, shape in matrices]
-    parsed = [_parse(arrays, shape) for arrays, (_, shape) in zip(given, matrices, strict=True) if shape[0] * shape[1]]
-    symbols = iter(rans.decode([coded for _, coded in parsed]) if parsed else [])
-    headers, decoded = iter(parsed), []
-    for arrays, (_, shape) in zip(given, matrices, strict=True):
-        codes = torch.zeros(shape, dtype=torch.int32)
-        if codes.numel():
-            header, coded = next(headers)
-            flat = codes.view(-1).numpy()
-            found = next(symbols)
-            CODES.take(found, out=flat)
-            _add_extra(flat, found == ESCAPE, coded.chosen, arrays["extra"], header)
-        decoded.append(codes)
+    decoded = [torch.zeros(shape, dtype=torch.int32) for _, shape in matrices]
+    coded = [number for number, codes in enumerate(decoded) if codes.numel()]
+    parsed = [_parse(given[number], matrices[number][1]) for number in coded]
+    symbols = rans.decode([streams for _, streams in parsed]) if parsed else []
+    for number, (header, streams), found in zip(coded, parsed, symbols, strict=True):
+        codes = decoded[number].view(-1).numpy()
+        CODES.take(found, out=codes)
+        _add_extra(codes, found == ESCAPE, streams.chosen, given[number]["extra"], header)
     return decoded
 
 

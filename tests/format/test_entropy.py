@@ -131,6 +131,20 @@ def test_the_size_is_exact_for_codes_of_any_rate_on_any_device(seed):
         assert coded_size(codes.to(device)) == nbytes(encode(codes))
 
 
+def sparse(density) -> torch.Tensor:
+    """Codes of one sign among zeros."""
+    g = generator(0)
+    return (torch.rand(1024, 768, generator=g) < density).int() * torch.randint(1, 4, (1024, 768), generator=g).int()
+
+
+@pytest.mark.parametrize("density", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0])
+def test_the_size_is_exact_for_codes_of_one_sign_however_few(density):
+    codes = sparse(density)
+    tensors = encode(codes)
+    assert coded_size(codes) == nbytes(tensors)
+    assert torch.equal(decode(tensors, (1024, 768)), codes)
+
+
 def test_a_constant_takes_at_most_a_hundredth_more_than_was_said():
     # All lanes hold the same codes, so their words do not average out as those of other codes do.
     for constant in (1, -3, 90, 100_000):
