@@ -52,18 +52,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sgpt_lightning.format import rans
-from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
+from sgpt_lightning.format.bits import packed_bytes
 from sgpt_lightning.format.contexts import LEVELS, LIMIT, Contexts, contexts_of, level_of, shift_of, table_of
-from sgpt_lightning.format.frequencies import COST_UNIT, Tables, tables_of
+from sgpt_lightning.format.frequencies import COST_UNIT, LARGEST, Tables, tables_of
 from sgpt_lightning.format.side import (
     CODES,
     ESCAPE,
     HEADER_BYTES,
     Header,
     pack_extra,
+    pack_levels,
     read_tables,
     signed,
     unpack_extra,
+    unpack_levels,
     write_tables,
 )
 
@@ -116,6 +118,21 @@ def coded_size(codes: Tensor) -> int:
     return table_bytes + levels + 2 * words + offsets + packed_bytes(extra_bits, 1)
 
 
+def channel_bits(codes: Tensor) -> Tensor:
+    """Return the mean bits that the codes of each input channel take, float32 `[in_features]`.
+
+    Tables, levels and states are not counted; arguments and errors as for `coded_size`.
+    """
+    _check_codes(codes)
+    if not codes.numel():
+        return torch.zeros(codes.shape[1], device=codes.device)
+    model = _model(codes)
+    chosen, header = model.chosen.int(), _sizes(codes, model).header
+    escaped = model.heads.abs() > model.tables.largest[chosen]
+    bits = model.tables.symbol_bits()[chosen, torch.where(escaped, LARGEST + 1, model.heads.abs())]
+    return (bits + model.contexts.shifts()[chosen] + header.escape_bits * escaped).mean(0)
+
+
 def encode(codes: Tensor) -> dict[str, Tensor]:
     """Encode int32 `[out_features, in_features]` from any device into tensors of bytes, on the CPU.
 
@@ -137,8 +154,8 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
     tables = np.frombuffer(sizes.header.to_bytes() + write_tables(model.tables, sizes.header), np.uint8)
     tensors = {
         "tables": torch.from_numpy(tables.copy()),
-        "rows": _pack_levels(model.contexts.rows, sizes.header.row_bits),
-        "columns": _pack_levels(model.contexts.columns, sizes.header.column_bits),
+        "rows": pack_levels(model.contexts.rows, sizes.header.row_bits),
+        "columns": pack_levels(model.contexts.columns, sizes.header.column_bits),
         "stream": torch.from_numpy(words),
         "offsets": torch.from_numpy(lengths[:-1].astype(np.int32)),
         "extra": torch.from_numpy(_encode_extra(codes, model, escaped, sizes.header)),
@@ -183,8 +200,8 @@ def _parse(given: Mapping[str, NDArray], shape: tuple[int, int]) -> tuple[Header
     data = given["tables"].tobytes()
     header = Header.of(data, shape[0] * shape[1])
     lookup = read_tables(data, header)
-    rows = _unpack_levels("rows", given, header.row_bits, shape[0])
-    columns = _unpack_levels("columns", given, header.column_bits, shape[1])
+    rows = unpack_levels("rows", given["rows"], header.row_bits, shape[0])
+    columns = unpack_levels("columns", given["columns"], header.column_bits, shape[1])
     levels = level_of(rows, columns, header.base)
     tables = table_of(levels, torch.tensor(header.lowest), torch.tensor(header.highest), header.breadth)
     split = rans.Split.of(shape[0] * shape[1], header.lanes)
@@ -260,19 +277,6 @@ def _add_extra(codes: NDArray, escaped: NDArray, tables: NDArray, extra: NDArray
     if np.any(np.abs(found) > LIMIT):
         raise ValueError(f"a code is more than {LIMIT} in magnitude")
     codes[stored] = found
-
-
-def _pack_levels(levels: Tensor, bits: int) -> Tensor:
-    return pack_bits((levels - levels.min()).to(torch.uint8), bits) if bits else torch.zeros(0, dtype=torch.uint8)
-
-
-def _unpack_levels(name: str, given: Mapping[str, NDArray], bits: int, count: int) -> Tensor:
-    packed = given[name]
-    if packed.size != packed_bytes(count, bits):
-        raise ValueError(f"{name} must be {packed_bytes(count, bits)} bytes, got {packed.size}")
-    if not bits:
-        return torch.zeros(count, dtype=torch.int16)
-    return unpack_bits(torch.from_numpy(packed), bits, count).short()
 
 
 def _check_codes(codes: Tensor) -> None:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sgpt_lightning.format import rans
-from sgpt_lightning.format.bits import packed_bytes
+from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.contexts import LEVELS, LIMIT
 from sgpt_lightning.format.frequencies import ENTRIES, LARGEST, Tables, slots_of
 
@@ -132,3 +133,17 @@ def unpack_extra(packed: NDArray[np.uint8], widths: NDArray[np.int64]) -> NDArra
     starts = np.cumsum(widths) - widths
     bits = np.unpackbits(packed, count=total, bitorder="little").astype(np.int64)
     return np.add.reduceat(bits << (np.arange(total) - np.repeat(starts, widths)), starts)
+
+
+def pack_levels(levels: Tensor, bits: int) -> Tensor:
+    """Pack levels of rows or columns above the lowest of them; nothing where all are equal."""
+    return pack_bits((levels - levels.min()).to(torch.uint8), bits) if bits else torch.zeros(0, dtype=torch.uint8)
+
+
+def unpack_levels(name: str, packed: NDArray, bits: int, count: int) -> Tensor:
+    """Unpack `count` levels, int16; raises ValueError, naming the tensor, if there are more or fewer bytes."""
+    if packed.size != packed_bytes(count, bits):
+        raise ValueError(f"{name} must be {packed_bytes(count, bits)} bytes, got {packed.size}")
+    if not bits:
+        return torch.zeros(count, dtype=torch.int16)
+    return unpack_bits(torch.from_numpy(packed), bits, count).short()
