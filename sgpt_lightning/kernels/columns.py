@@ -23,8 +23,12 @@ WIDEST_TILE = 128
 """Columns that a program holds: 32 registers of each of its threads where it has 8 outputs."""
 OUTPUTS = 8
 """Outputs of a program."""
-FAILURES = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
-"""What a launch may raise where a GPU, a driver or the machine's C compiler is not what Triton needs."""
+FAILURES = (
+    *(triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError),
+    *(AssertionError, AttributeError, KeyError, TypeError),
+)
+"""What a launch may raise where a GPU, a driver or the machine's C compiler is not what Triton needs, or where Triton
+has changed since this was written."""
 _KINDS = ("zero-point", "offset", "zero-free", "integer")
 
 
