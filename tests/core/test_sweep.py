@@ -19,7 +19,7 @@ def test_each_group_is_fitted_to_the_running_weight_as_gptq_does(collect, bits, 
     recipe = Recipe(preset="gptq", group_size=group_size, target_avg_bits=bits, block_size=block_size)
     result = compress_linear(weight, collect(inputs), recipe)
     expected = gptq_in_groups(weight, collect(inputs).second_moment, bits, group_size)
-    assert result.grid.span.shape == (24, -(-64 // group_size))
+    assert result.solution.grid.span.shape == (24, -(-64 // group_size))
     error = output_error(weight, result.weight(), inputs)
     assert error == pytest.approx(output_error(weight, expected, inputs), rel=1e-3)
     # a near tie in float32 is decided the other way now and then, and the rest of its row follows
