@@ -168,7 +168,9 @@ def _with_sign(size, x):
 
 @triton.jit
 def _clamped(steps, top):
-    return tl.minimum(tl.maximum(steps, 0.0), top)
+    """NaN stays NaN, as in torch: a sweep that has lost its way must not end in plain codes."""
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(steps, 0.0, propagate_nan=nan), top, propagate_nan=nan)
 
 
 @triton.jit
@@ -217,7 +219,7 @@ def _lowest(tile, pivots, column, i, N: tl.constexpr, M: tl.constexpr, COLUMNS: 
     return marks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _sweep(
     weight, factor, errors, drop,
     step, base, top, index, step_table, step_output, base_table, base_output, top_table, top_output,
@@ -265,7 +267,7 @@ def _sweep(
         corner += factor_row + factor_column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _descent(
     weight, pull, hessian, moves, drop,
     step, base, top, index, step_table, step_output, base_table, base_output, top_table, top_output,
