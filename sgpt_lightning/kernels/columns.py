@@ -169,8 +169,8 @@ def _with_sign(size, x):
 @triton.jit
 def _clamped(steps, top):
     """NaN stays NaN, as in torch: a sweep that has lost its way must not end in plain codes."""
-    nan: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(tl.maximum(steps, 0.0, propagate_nan=nan), top, propagate_nan=nan)
+    steps = tl.maximum(steps, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(steps, top, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

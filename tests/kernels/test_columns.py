@@ -1,5 +1,6 @@
 """The kernels in Triton's interpreter against the loops in plain torch, and what the compiler makes of them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.ranges import search_grid
 from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.core.sweep import Swept, sweep
-from sgpt_lightning.kernels import columns as kernels
 
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+kernels = importlib.import_module("sgpt_lightning.kernels.columns")
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS, BLOCK = 11, 20, 8
 KINDS = ["zero-point", "offset", "zero-free", "integer"]
