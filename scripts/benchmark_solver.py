@@ -32,10 +32,11 @@ from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.core import linear, problem
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.models.names import load_tokenizer
-from sgpt_lightning.models.replay import BlockReplay, model_inputs
+from sgpt_lightning.models.replay import BlockReplay
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.tables import format_table
 from sgpt_lightning.text.windows import calibration_windows

@@ -37,10 +37,10 @@ def check_batch(model: nn.Module, batch: Mapping[str, Tensor], what: str) -> Non
     positions, words = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     if positions is not None and ids.shape[1] > positions:
         raise ValueError(f"{what} has windows of {ids.shape[1]} tokens, the model has {positions} positions")
-    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
-        raise ValueError(
-            f"input_ids of {what} must be below the vocabulary's {words}, got {int(ids.min())} to {int(ids.max())}"
-        )
+    if words is not None:
+        low, high = torch.stack(ids.aminmax()).tolist()  # one read, should they be on a GPU
+        if not 0 <= low <= high < words:
+            raise ValueError(f"input_ids of {what} must be below the vocabulary's {words}, got {low} to {high}")
 
 
 def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:

@@ -114,8 +114,31 @@ class DenseReference:
         return self.dense_stream.before[name] - self.stream.before[name]
 
 
+class FiniteFlags:
+    """Notes on the device whether what linears received was finite, and reads it once for many batches."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[str, int, Tensor]] = []
+
+    def note(self, name: str, batch_index: int, finite: Tensor) -> None:
+        """Note a bool scalar on the device: whether what the linear received in a batch is finite."""
+        self._noted.append((name, batch_index, finite))
+
+    def check(self) -> None:
+        """Read all that was noted since the last check.
+
+        Raises:
+            ValueError: a linear received NaN or inf; the first one is named, and the batch.
+        """
+        noted, self._noted = self._noted, []
+        finite = torch.stack([flag for _, _, flag in noted]).tolist() if noted else []
+        for (name, batch_index, _), fine in zip(noted, finite, strict=True):
+            if not fine:
+                raise ValueError(f"{name} received NaN or inf in calibration batch {batch_index}")
+
+
 class InputCollector:
-    """Statistics of the inputs of some linears.
+    """Statistics of the inputs of some linears. Nothing is read from the device before `check`.
 
     Args:
         linears: the linears to watch, by full name.
@@ -125,6 +148,7 @@ class InputCollector:
         self.linears = linears
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, InputStatistics] = {}
+        self._finite = FiniteFlags()
 
     def statistics(self, name: str) -> InputStatistics:
         """Return what the linear called `name` has seen; raises ValueError if it was never run."""
@@ -132,18 +156,22 @@ class InputCollector:
             raise ValueError(f"{name} saw no token during calibration: nothing calls it; put it into `ignore`")
         return self._statistics[self._leader[name]]
 
+    def check(self) -> None:
+        """Raise ValueError, naming linear and batch, if a real token was NaN or inf; to be called before a solve."""
+        self._finite.check()
+
     @contextmanager
     def collecting(
         self,
         batch_index: int,
-        token_mask: Tensor | None = None,
+        real: Tensor | None = None,
         reference: "DenseReference | None" = None,
     ) -> Iterator[None]:
         """Watch the linears while the body runs.
 
         Args:
             batch_index: for error messages.
-            token_mask: bool `[batch, time]`, False for tokens that count nowhere (padding).
+            real: positions of the tokens that count, int64 `[tokens]`, see `real_tokens`; None if all do.
             reference: the uncompressed model beside, if it is run.
         """
         seen: list[tuple[Tensor, str]] = []  # holds the inputs, so that no address is used twice in one pass
@@ -155,7 +183,7 @@ class InputCollector:
                     self._leader[name] = next((leader for tensor, leader in seen if tensor is inputs), name)
                     seen.append((inputs, name))
                 if self._leader[name] == name:
-                    self._add(name, inputs.detach(), batch_index, token_mask, reference or DenseReference({}))
+                    self._add(name, inputs.detach(), batch_index, real, reference or DenseReference({}))
 
             return hook
 
@@ -167,26 +195,21 @@ class InputCollector:
                 handle.remove()
 
     def _add(
-        self, name: str, inputs: Tensor, batch_index: int, token_mask: Tensor | None, reference: "DenseReference"
+        self, name: str, inputs: Tensor, batch_index: int, real: Tensor | None, reference: "DenseReference"
     ) -> None:
-        check_finite(name, inputs, batch_index)
-        tokens = _real_tokens(inputs, token_mask)
+        tokens = _tokens(inputs, real)
         if name not in self._statistics:
             self._statistics[name] = InputStatistics(tokens.shape[-1], tokens.device)
-        dense, gap = reference.input_of(name), reference.gap_at(name)
-        self._statistics[name].add(
+        statistics, dense, gap = self._statistics[name], reference.input_of(name), reference.gap_at(name)
+        statistics.add(
             tokens,
-            None if dense is None else _real_tokens(dense, token_mask),
-            None if gap is None else _real_tokens(gap, token_mask),
+            None if dense is None else _tokens(dense, real),
+            None if gap is None else _tokens(gap, real),
         )
+        self._finite.note(name, batch_index, statistics.is_finite)
 
 
-def check_finite(name: str, inputs: Tensor, batch_index: int) -> None:
-    """Raise ValueError, naming linear and batch, if an input holds NaN or inf."""
-    if not bool(torch.isfinite(inputs).all()):
-        raise ValueError(f"{name} received NaN or inf in calibration batch {batch_index}")
-
-
-def _real_tokens(inputs: Tensor, token_mask: Tensor | None) -> Tensor:
-    tokens = inputs.reshape(-1, inputs.shape[-1])
-    return tokens if token_mask is None else tokens[token_mask.reshape(-1)]
+def _tokens(values: Tensor, real: Tensor | None) -> Tensor:
+    """Return the rows `[tokens, channels]` that count; by position, since a mask as an index would be read."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if real is None else rows.index_select(0, real)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sgpt_lightning.calibration.collector import check_finite
-from sgpt_lightning.models.replay import model_inputs
+from sgpt_lightning.calibration.collector import FiniteFlags
+from sgpt_lightning.models.batches import model_inputs
 
 
 class OutputGradients:
@@ -29,6 +29,7 @@ class OutputGradients:
         self._model = model
         self._linears = linears
         self._sums: dict[str, Tensor] = {}
+        self._finite = FiniteFlags()
         self.tokens = 0
 
     def observe(self, batch_index: int, batch: Mapping[str, Tensor]) -> None:
@@ -37,9 +38,6 @@ class OutputGradients:
         Args:
             batch_index: for error messages.
             batch: `input_ids` int64 `[batch, time]` and optionally `attention_mask`; padding counts nowhere.
-
-        Raises:
-            ValueError: a linear received NaN or inf.
         """
         entered: list[Tensor] = []
 
@@ -63,7 +61,11 @@ class OutputGradients:
         finally:
             for handle in handles:
                 handle.remove()
-        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
+
+    def check(self) -> None:
+        """Raise ValueError, naming linear and batch, if a linear received NaN or inf."""
+        self._finite.check()
 
     def row_weights(self, name: str) -> Tensor:
         """Return E[g_i^2] per output channel of a linear, float32 `[out_features]`.
@@ -84,7 +86,7 @@ class OutputGradients:
             self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
 
         def forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            check_finite(name, args[0], batch_index)
+            self._finite.note(name, batch_index, torch.isfinite(args[0].detach()).all())
             output.register_hook(backward)
 
         return forward

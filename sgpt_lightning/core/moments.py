@@ -103,6 +103,14 @@ class InputStatistics:
         self.tokens = total
 
     @property
+    def is_finite(self) -> Tensor:
+        """Whether all inputs so far were finite: a bool scalar on the device, for the caller to read or not.
+
+        The sum tells: in float64 no number of finite float32 values reaches infinity, and NaN stays.
+        """
+        return torch.isfinite(self._sum).all()
+
+    @property
     def second_moment(self) -> Tensor:
         """E[x x'] as float32 `[in_features, in_features]`, the Hessian of the layer's squared output error."""
         return self._second_moment

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.linears import find_linears
 
 
@@ -37,21 +38,6 @@ class _PrologueDone(Exception):
     """Ends a forward once the last block has been reached."""
 
 
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keyword arguments of a forward without cache; a mask without padding is left out.
-
-    A window that is padding as a whole is shown to the model unmasked, since attention without any key is NaN.
-
-    Args:
-        batch: `input_ids` int64 `[batch, time]` and, if there is padding, `attention_mask` of the same shape.
-    """
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        mask = mask.bool() | ~mask.bool().any(1, keepdim=True)
-        mask = None if bool(mask.all()) else mask.long()
-    return {"input_ids": batch["input_ids"], "use_cache": False} | ({} if mask is None else {"attention_mask": mask})
-
-
 class BlockReplay:
     """Runs a model's prologue, and its blocks one at a time.
 
@@ -64,20 +50,52 @@ class BlockReplay:
         self._model = model
         self._blocks = blocks
         self._returns_tuple: list[bool] | None = None
-        self._calls_by_shape: dict[tuple[int, ...], Sequence[BlockCall]] = {}
+        self._calls_by_shape: dict[tuple[int, ...], Sequence[BlockCall] | None] = {}
+        self._strayed: Tensor | None = None
 
     @torch.no_grad()
     def prologue(self, batch: Mapping[str, Tensor]) -> PrologueOutput:
-        """Run the model up to its first block; hidden state `[batch, time, hidden]`."""
+        """Run the model up to its first block; hidden state `[batch, time, hidden]`.
+
+        No value is read from the device but for the first batch of a shape.
+        """
         inputs = model_inputs(batch)
         if self._returns_tuple is None:
             self._returns_tuple = self._observe_return_types(inputs)
         hidden, recorded = self._record(inputs)
-        calls: Sequence[BlockCall] = recorded
-        if "attention_mask" not in inputs:  # without padding, masks and positions follow from the shape: keep one copy
-            known = self._calls_by_shape.setdefault(tuple(inputs["input_ids"].shape), recorded)
-            calls = known if _equal(known, recorded) else recorded  # Gemma 4 hands every block embeddings of its own
-        return PrologueOutput(hidden, calls)
+        # Without padding, masks and positions follow from the shape: keep one copy.
+        calls = None if "attention_mask" in inputs else self._calls_of_shape(inputs, recorded)
+        return PrologueOutput(hidden, recorded if calls is None else calls)
+
+    def check(self) -> None:
+        """Raise RuntimeError if batches of one shape were not called alike after all; reads one value."""
+        if self._strayed is not None and bool(self._strayed):
+            raise RuntimeError(
+                "the blocks of this model are called with arguments that depend on the tokens, though not for the "
+                "first batch: it cannot be calibrated block by block; use calibration one-shot"
+            )
+
+    def _calls_of_shape(self, inputs: dict[str, Any], recorded: Sequence[BlockCall]) -> Sequence[BlockCall] | None:
+        """Return how blocks are called with batches of this shape; None if that depends on the tokens.
+
+        It is tried out once, with other tokens: Gemma 4 hands every block embeddings of its own. That later batches
+        are called alike is noted on the device, see `check`.
+        """
+        ids = inputs["input_ids"]
+        shape = tuple(ids.shape)
+        if shape not in self._calls_by_shape:
+            _, others = self._record({**inputs, "input_ids": torch.where(ids == 0, 1, 0)})
+            alike = not any(map(bool, _differences(recorded, others, set())))
+            self._calls_by_shape[shape] = recorded if alike else None
+            return self._calls_by_shape[shape]
+        known = self._calls_by_shape[shape]
+        if known is None:
+            return None
+        for differs in _differences(known, recorded, set()):
+            if not isinstance(differs, Tensor):
+                return None  # seen without reading a tensor
+            self._strayed = differs if self._strayed is None else self._strayed | differs
+        return known
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
@@ -95,8 +113,9 @@ class BlockReplay:
             return remember
 
         handles = [block.register_forward_hook(hook(index)) for index, block in enumerate(self._blocks)]
+        first = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
         try:
-            self._model(**inputs)
+            self._model(**first)  # one window: its logits are for nothing
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,17 +145,39 @@ class BlockReplay:
         return recorded[0][0], [call for _, call in recorded]
 
 
-def _equal(known: Any, other: Any) -> bool:
-    """Compare nested arguments by value; objects of unknown types are equal only to themselves."""
-    if type(known) is not type(other):
-        return False
-    if isinstance(known, Tensor):
-        return torch.equal(known, other)
-    if isinstance(known, Mapping):
-        return known.keys() == other.keys() and all(_equal(known[key], other[key]) for key in known)
-    if isinstance(known, list | tuple):
-        return len(known) == len(other) and all(map(_equal, known, other))
-    return known is other or (isinstance(known, bool | int | float | str) and known == other)
+def _differences(known: Any, other: Any, compared: set[tuple[int, int]]) -> Iterator[bool | Tensor]:
+    """Yield where nested arguments differ: True, or for two tensors whether they do, a bool scalar on their device.
+
+    Objects of unknown types are equal only to themselves. Blocks share most of their arguments: a pair of tensors is
+    compared once, and noted in `compared` by its ids.
+    """
+    for one, two in itertools.zip_longest(_leaves(known), _leaves(other)):
+        if isinstance(one, Tensor) and isinstance(two, Tensor):
+            if (one.shape, one.dtype) != (two.shape, two.dtype):
+                yield True
+            elif (id(one), id(two)) not in compared:
+                compared.add((id(one), id(two)))
+                yield (one != two).any()
+        elif one is not two and not (type(one) is type(two) and isinstance(one, _PLAIN) and one == two):
+            yield True
+
+
+_PLAIN = (bool, int, float, str, tuple)
+"""Types of leaves that are compared by value; a tuple is what `_leaves` says of a container."""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what nested containers hold, and before it of which type and size each container is."""
+    if isinstance(value, Mapping):
+        yield type(value), *value
+        for entry in value.values():
+            yield from _leaves(entry)
+    elif isinstance(value, list | tuple):
+        yield type(value), len(value)
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
 
 
 @torch.no_grad()
@@ -198,9 +239,3 @@ def _forward_replaced(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> 
             del block.forward
             if original is not None:
                 block.forward = original
-
-
-def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Return which tokens are real, bool `[batch, time]`, or None if all are."""
-    mask = batch.get("attention_mask")
-    return None if mask is None or bool(mask.all()) else mask.bool()

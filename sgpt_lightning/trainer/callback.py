@@ -147,9 +147,11 @@ class SparseGPTCallback(Callback):
         assert self._calibration is not None
         started = time.perf_counter()
         epoch = trainer.current_epoch - self._first_epoch
+        assert isinstance(pl_module, CausalLMModule)
+        loaded = pl_module.as_loaded(batch)
         if epoch == 0:
-            check_batch(_network(pl_module), batch, f"calibration batch {batch_idx}")
-            self._seen = self._seen.with_batch(batch)
+            check_batch(_network(pl_module), loaded, f"calibration batch {batch_idx}")
+            self._seen = self._seen.with_batch(loaded)
         self._calibration.observe(epoch, batch_idx, batch)
         self._seconds["calibrate"] += time.perf_counter() - started
 

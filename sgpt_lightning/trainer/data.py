@@ -10,7 +10,7 @@ memory).
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sgpt_lightning.models.batches import TOKENS_PER_BATCH, real_tokens, windows_per_batch
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.text.sources import SOURCES, Role, find_source
 from sgpt_lightning.text.windows import TextProtocol, Windows, calibration_windows, evaluation_windows
+from sgpt_lightning.trainer.module import CausalLMModule
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -81,11 +83,14 @@ class TextDataModule(LightningDataModule):
         evaluation: text sources to measure perplexity on; a single one may stand alone.
         num_samples: calibration windows, taken at random.
         eval_windows: evaluation windows of each source, the first ones; all there are when null.
-        batch_size: windows in a batch on each device.
+        batch_size: windows in a batch on each device; None leaves it to `tokens_per_batch`.
+        tokens_per_batch: tokens in a batch at most, though always one window; None takes 2,048 if `batch_size` is not
+            given. Either changes results by rounding only; a GPU is faster with more, up to its memory.
         seed: of the choice of calibration windows; evaluation has no randomness but the protocol's own.
 
     Raises:
-        ValueError: a number is too small, a source is unknown or a path is missing, every offender listed.
+        ValueError: a number is too small, two settings exclude each other, a source is unknown or a path is missing,
+            every offender listed.
     """
 
     calibration_protocol: TextProtocol | None
@@ -103,7 +108,8 @@ class TextDataModule(LightningDataModule):
         evaluation: Sequence[str] | str = ("python-docs",),
         num_samples: int = 128,
         eval_windows: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,6 +120,7 @@ class TextDataModule(LightningDataModule):
         self.num_samples = num_samples
         self.eval_windows = eval_windows
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self._check()
         self.evaluation_names = _short_names(self.evaluation)
@@ -130,9 +137,15 @@ class TextDataModule(LightningDataModule):
                 ("num_samples", self.num_samples, 1),
                 ("eval_windows", self.eval_windows, 1),
                 ("batch_size", self.batch_size, 1),
+                ("tokens_per_batch", self.tokens_per_batch, 1),
             )
             if value is not None and value < least
         ]
+        if self.batch_size is not None and self.tokens_per_batch is not None:
+            problems.append(
+                f"batch_size and tokens_per_batch exclude each other, got {self.batch_size} and "
+                f"{self.tokens_per_batch}: leave one of them out"
+            )
         if not self.evaluation:
             problems.append("evaluation must name at least one text source, got none")
         repeated = sorted({name for name in self.evaluation if self.evaluation.count(name) > 1})
@@ -197,11 +210,20 @@ class TextDataModule(LightningDataModule):
         assert self._evaluation_windows, "setup() comes first"
         return [self._loader(self._evaluation_windows[name]) for name in self.evaluation_names]
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> Mapping[str, Tensor]:
+        """Leave a mask that hides nothing on the host, and show the module what is sent while it is there."""
+        sent, _ = real_tokens(batch)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, CausalLMModule):
+            module.sent = sent
+        return sent
+
     def _loader(self, windows: TokenWindows) -> DataLoader[dict[str, Tensor]]:
         ranks, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         sampler = InOrderSampler(windows, ranks, rank)
         # A loader without a generator of its own draws a seed for workers from the global one.
-        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, generator=torch.Generator())
+        size = self.batch_size or windows_per_batch(self.seq_len, self.tokens_per_batch or TOKENS_PER_BATCH)
+        return DataLoader(windows, batch_size=size, sampler=sampler, generator=torch.Generator())
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.checkpoint.any_model import load_model
+from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.hub import hub_help
 from sgpt_lightning.models.names import MODEL_REMEDY, find_model, load_tokenizer
-from sgpt_lightning.models.replay import model_inputs
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,6 +54,8 @@ class CausalLMModule(LightningModule):
     """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch is about, for progress bars."""
     measured: dict[str, Measured]
     """What the last validation found, by the names of the data sets."""
+    sent: Any
+    """The batch that is on its way to a step, as it is on the host; set by `TextDataModule`."""
     storage_dtype: torch.dtype
     """dtype of the checkpoint that the model came from; what is not packed is stored in it."""
 
@@ -91,6 +94,7 @@ class CausalLMModule(LightningModule):
         self.tokenizer: Any = None
         self.epoch_titles = ()
         self.measured = {}
+        self.sent = None
         self.clock = nn.Parameter(torch.zeros(()))
         self.perplexities = nn.ModuleList()
 
@@ -108,6 +112,18 @@ class CausalLMModule(LightningModule):
         """Return the logits, `[batch, time, vocab]`, for `input_ids` (and `attention_mask`), each `[batch, time]`."""
         assert self.network is not None, "configure_model() comes first"
         return self.network(**model_inputs(batch)).logits
+
+    def setup(self, stage: str) -> None:
+        """Begin a run: each evaluation batch is checked once in it."""
+        self._checked: set[tuple[int, int]] = set()
+
+    def as_loaded(self, batch: Any) -> Any:
+        """Return the batch that a step was given as `TextDataModule` sent it, to look at without waiting for a GPU.
+
+        It is the batch itself if it came in another way.
+        """
+        loaded, self.sent = self.sent, None
+        return batch if loaded is None else loaded
 
     def on_fit_start(self) -> None:
         """Raise RuntimeError if there is no callback to calibrate for; callbacks have had their turn by now."""
@@ -132,8 +148,11 @@ class CausalLMModule(LightningModule):
         metric = self.perplexities[dataloader_idx]
         assert isinstance(metric, Perplexity)
         assert self.network is not None
-        check_batch(self.network, batch, f"evaluation batch {batch_idx}")
-        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
+        loaded = self.as_loaded(batch)
+        if (dataloader_idx, batch_idx) not in self._checked:
+            check_batch(self.network, loaded, f"evaluation batch {batch_idx}")
+            self._checked.add((dataloader_idx, batch_idx))
+        add_batch(metric, self.network, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log `perplexity/<data set>`; during fit the callback gives it to the logger, by compressed blocks."""

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from sgpt_lightning.models.replay import padding_mask
 from sgpt_lightning.trainer.module import CausalLMModule
 
 
@@ -18,10 +18,10 @@ class TextSeen(NamedTuple):
     tokens: int
 
     def with_batch(self, batch: Mapping[str, Tensor]) -> "TextSeen":
-        """Count a batch in: `input_ids` `[batch, time]` and optionally `attention_mask`."""
-        mask, ids = padding_mask(batch), batch["input_ids"]
-        windows = len(ids) if mask is None else int(mask.any(1).sum())
-        return TextSeen(self.windows + windows, self.tokens + (ids.numel() if mask is None else int(mask.sum())))
+        """Count a batch in: `input_ids` `[batch, time]` and optionally `attention_mask`, of which values are read."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return TextSeen(self.windows + int(real.any(1).sum()), self.tokens + int(real.sum()))
 
 
 def calibration_protocol(trainer: Trainer, seen: TextSeen) -> dict[str, Any]:

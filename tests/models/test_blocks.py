@@ -211,3 +211,39 @@ def test_a_linears_place_is_its_block_and_its_name_within_it(family):
             block, kind = decoder.place(name)
             assert block == index
             assert f"{decoder.name(block)}.{kind}" == name
+
+
+class Marked(nn.Module):
+    """Calls its blocks with a tensor that is 1 where token 5 is about."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(Scaled() for _ in range(2))
+
+    def forward(self, input_ids, use_cache):
+        hidden, mark = self.embedding(input_ids), (input_ids == 5).any().float()
+        for layer in self.layers:
+            hidden = layer(hidden, mark)
+        return hidden
+
+
+class Scaled(nn.Module):
+    def forward(self, hidden, mark):
+        return hidden * (1 + mark)
+
+
+@pytest.mark.parametrize("tokens", [[2, 5], [5, 2]])
+def test_arguments_that_depend_on_the_tokens_are_kept_by_batch_or_refused(tokens):
+    model = Marked()
+    replay = BlockReplay(model, model.layers)
+    for token in tokens:
+        batch = {"input_ids": torch.tensor([[token, 3]])}
+        hidden, calls = replay.prologue(batch)
+        if tokens[0] == 5:
+            assert torch.equal(replay.run(0, hidden, calls[0]), hidden * (2 if token == 5 else 1))
+    if tokens[0] == 5:
+        replay.check()
+    else:
+        with pytest.raises(RuntimeError, match=r"depend on the tokens.*use calibration one-shot"):
+            replay.check()

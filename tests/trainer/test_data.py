@@ -85,6 +85,15 @@ def test_a_padding_window_adds_nothing_to_perplexity():
     assert by_ranks.compute().item() == pytest.approx(whole.compute().item(), rel=1e-12)  # the same fp32 entropies
 
 
+def test_a_mask_without_holes_stays_on_the_host_and_one_with_padding_travels(module):
+    ids = torch.arange(12).view(3, 4)
+    whole, padded = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    padded[2] = False
+    assert set(module.on_before_batch_transfer({"input_ids": ids, "attention_mask": whole}, 0)) == {"input_ids"}
+    sent = module.on_before_batch_transfer({"input_ids": ids, "attention_mask": padded}, 0)
+    assert torch.equal(sent["attention_mask"], padded)
+
+
 def test_fit_loads_both_and_the_loaders_hold_the_windows(module):
     module.setup("fit")
     assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == [4, 4, 2]
@@ -134,9 +143,36 @@ def test_every_bad_argument_is_listed_before_anything_is_read(monkeypatch):
             num_samples=0,
             eval_windows=0,
             batch_size=0,
+            tokens_per_batch=0,
         )
-    for part in ("num_samples", "eval_windows", "batch_size", "/no/such.txt", "'wikitext'", "['c4'] more than once"):
+    numbers = [f"{name} must be at least 1, got 0" for name in ("num_samples", "batch_size", "tokens_per_batch")]
+    for part in (*numbers, "eval_windows", "/no/such.txt", "'wikitext'", "['c4'] more than once"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({"batch_size": 4}, [4, 4, 2]),
+        ({"tokens_per_batch": 4 * 16}, [4, 4, 2]),
+        ({"tokens_per_batch": 5 * 16 - 1}, [4, 4, 2]),  # a window is never cut
+        ({"tokens_per_batch": 1}, [1] * 10),
+        ({}, [10]),  # of 2,048 tokens, 160 are there
+    ],
+    ids=str,
+)
+def test_a_batch_has_as_many_windows_as_its_tokens_allow(settings, sizes, texts):
+    module = TextDataModule(seq_len=16, calibration=texts[0], evaluation=[texts[1]], num_samples=10, **settings)
+    module.setup("fit")
+    assert [len(batch["input_ids"]) for batch in module.train_dataloader()] == sizes
+    (evaluation,) = module.val_dataloader()
+    assert len(evaluation.dataset) > 128 == 2048 // 16
+    assert len(next(iter(evaluation))["input_ids"]) == (sizes[0] if settings else 128)
+
+
+def test_two_settings_of_one_thing_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"batch_size and tokens_per_batch exclude each other, got 4 and 64"):
+        TextDataModule(batch_size=4, tokens_per_batch=64)
 
 
 def test_evaluation_must_name_something():
@@ -187,7 +223,7 @@ class Toy(LightningModule):
         return self.logits(batch["input_ids"][:, :1]).mean()
 
     def validation_step(self, batch, batch_idx):
-        self.perplexity.update(self.logits(batch["input_ids"]), batch["input_ids"], batch["attention_mask"])
+        self.perplexity.update(self.logits(batch["input_ids"]), batch["input_ids"], batch.get("attention_mask"))
         self.log("perplexity", self.perplexity)
 
     def configure_optimizers(self):

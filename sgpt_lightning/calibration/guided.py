@@ -1,0 +1,67 @@
+"""Calibration with gradients: one epoch of the dense model, forwards and backwards, before another calibration."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.calibration.gradients import OutputGradients
+from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model
+from sgpt_lightning.calibration.stages import BatchCount, Calibration, Stage
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.batches import forwards, real_tokens
+from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.recipe import Recipe
+
+
+class GuidedCalibration:
+    """One epoch of gradients and plans on the dense model, then another calibration that follows them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        plans: Plans,
+        then: Callable[[Plans], Calibration],
+    ) -> None:
+        linears = plans.linears()
+        self._model = model
+        self._recipe = recipe
+        self.plans = plans
+        self._then = then
+        self._next = then(plans)
+        self._count = BatchCount()
+        self._gradients = OutputGradients(model, linears)
+        self._collector = InputCollector(linears if recipe.scope == "model" else {})
+        self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
+
+    def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""
+        self._count.add(epoch, batch_index)
+        if epoch:
+            self._next.observe(epoch - 1, batch_index, batch)
+            return
+        for part in forwards(self._model, batch):
+            shown, real = real_tokens(part)
+            with self._collector.collecting(batch_index, real):
+                self._gradients.observe(batch_index, shown)
+
+    def finish(self, epoch: int) -> dict[str, SolvedLinear]:
+        """Plan at the end of epoch 0; solve at the end of later ones."""
+        self._count.check(epoch)
+        if epoch:
+            return self._next.finish(epoch - 1)
+        self._collector.check()
+        self._gradients.check()
+        weights = {name: self._gradients.row_weights(name) for name in self.plans.recipes}
+        recipes = self.plans.recipes
+        if self._recipe.scope == "model":
+            jobs = {
+                name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
+                for name, linear in self._collector.linears.items()
+                if recipes[name].scope == "model"
+            }
+            recipes = {**recipes, **plan_model(jobs)}
+        self.plans = Plans(self.plans.decoder, recipes, weights)
+        self._next = self._then(self.plans)
+        return {}

@@ -1,0 +1,43 @@
+"""One-shot calibration: every block is watched during one pass of the dense model.
+
+Cheaper and less exact than block by block: errors of earlier blocks are not seen by later ones, and all Hessians are
+held at once. `true_sequential` and `alpha` are without effect: there is one pass, and it is the dense model's.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.solving import solve_linears
+from sgpt_lightning.calibration.stages import Stage
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.batches import forwards, model_inputs, real_tokens
+from sgpt_lightning.models.blocks import mark_compressed
+
+
+class OneShotCalibration:
+    """All blocks in one epoch, on the dense model's inputs."""
+
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
+        self._model = model
+        self.plans = plans
+        self._storage_dtype = storage_dtype
+        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks))]
+        self._collector = InputCollector(plans.linears())
+
+    @torch.no_grad()
+    def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Run the whole model under watch."""
+        for part in forwards(self._model, batch):
+            shown, real = real_tokens(part)
+            with self._collector.collecting(batch_index, real):
+                self._model(**model_inputs(shown))
+
+    def finish(self, epoch: int) -> dict[str, SolvedLinear]:
+        """Solve every linear."""
+        self._collector.check()
+        mark_compressed(self._model)
+        return solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)

@@ -1,0 +1,140 @@
+"""Sequential calibration: one block per epoch, on the outputs of the blocks that are already compressed.
+
+Hidden states are carried through the compressed blocks, so that each linear is solved for the inputs it will really
+receive (GPTQ, arXiv 2210.17323, section 4). Over a whole run each batch passes 2L - 1 blocks, against L^2 for
+re-running the half-compressed model.
+
+Where the recipe asks for it (`true_sequential`), the linears of a block are solved in the order in which they run, and
+the block is run again for each group of linears that share an input. Where the target is asymmetric (`alpha` > 0), the
+dense model's hidden states are carried beside, through a copy of each block made before it is compressed.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sgpt_lightning.calibration.collector import (
+    DenseReference,
+    InputCollector,
+    ResidualStream,
+    input_groups,
+    watched_inputs,
+)
+from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.solving import solve_linears
+from sgpt_lightning.calibration.stages import BatchCount, Stage
+from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.batches import real_tokens
+from sgpt_lightning.models.blocks import mark_compressed
+from sgpt_lightning.models.replay import BlockReplay, PrologueOutput, residual_writers, run_block
+
+
+class SequentialCalibration:
+    """One block per epoch, on inputs that the compressed blocks before it produce.
+
+    Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
+    """
+
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
+        self._model = model
+        self._decoder = plans.decoder
+        self._replay = BlockReplay(model, self._decoder.blocks)
+        self.plans = plans
+        self._storage_dtype = storage_dtype
+        self._inputs: list[PrologueOutput] = []
+        self._count = BatchCount()
+        self._real: list[Tensor | None] = []
+        self._follows_dense = any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values())
+        self._dense_hidden: list[Tensor] = []
+        self._dense_block: nn.Module | None = None
+        self._groups: list[dict[str, nn.Module]] = []
+        self._writers: dict[str, nn.Module] = {}
+        self._collector = InputCollector({})
+        blocks = len(self._decoder.blocks)
+        self.stages: Sequence[Stage] = [Stage(f"block {k} of {blocks}", k) for k in range(1, blocks + 1)]
+
+    def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Carry the batch to the entrance of block `epoch`, then through it under watch."""
+        self._count.add(epoch, batch_index)
+        if epoch == 0:
+            batch, real = real_tokens(batch)
+            self._inputs.append(self._replay.prologue(batch))
+            self._real.append(real)
+            if self._follows_dense:
+                self._dense_hidden.append(self._inputs[-1].hidden)
+        else:
+            hidden, calls = self._inputs[batch_index]
+            self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
+        if batch_index == 0:
+            self._begin(epoch)
+        self._collect(epoch, batch_index, last=len(self._groups) == 1)
+
+    def finish(self, epoch: int) -> dict[str, SolvedLinear]:
+        """Solve the linears of block `epoch`."""
+        self._count.check(epoch)
+        self._replay.check()
+        self._collector.check()
+        mark_compressed(self._model)
+        solved: dict[str, SolvedLinear] = {}
+        for position, group in enumerate(self._groups):
+            if position:
+                self._collector = InputCollector(group)
+                for batch_index in range(len(self._inputs)):
+                    self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
+                self._collector.check()
+            solved |= solve_linears(group, self._collector, self.plans, self._storage_dtype)
+        self._dense_block = None
+        if epoch + 1 == len(self.stages):
+            for kept in (self._inputs, self._real, self._dense_hidden):
+                kept.clear()
+        return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
+
+    def _begin(self, epoch: int) -> None:
+        """Find out which linears of the block share an input and when they run; keep a copy of the block."""
+        linears = self.plans.linears(epoch)
+        self._groups = [linears]
+        if any(self.plans.recipes[name].solve_parts.true_sequential for name in linears):
+            hidden, calls = self._inputs[0]
+            with watched_inputs(linears) as inputs:
+                self._replay.run(epoch, hidden, calls[epoch])
+            self._groups = input_groups(inputs, linears)
+        self._collector = InputCollector(self._groups[0] if self._groups else {})
+        if self._follows_dense:
+            block, (hidden, calls) = self._decoder.blocks[epoch], self._inputs[0]
+            self._dense_block = copy.deepcopy(block)
+            writers = residual_writers(block, hidden, calls[epoch])
+            self._writers = {f"{self._decoder.name(epoch)}.{name}": linear for name, linear in writers.items()}
+
+    def _collect(self, epoch: int, batch_index: int, *, last: bool) -> None:
+        """Run the block under watch, and its dense copy beside it; `last` if no more groups of the block follow."""
+        hidden, calls = self._inputs[batch_index]
+        linears, reference, stream = self._collector.linears, None, ResidualStream(hidden)
+        if self._dense_block is not None:
+            reference = self._follow_dense(epoch, batch_index, stream, last=last)
+        if not linears:
+            return
+        with (
+            stream.following(self._writers),
+            self._collector.collecting(batch_index, self._real[batch_index], reference),
+            watched_inputs(linears),
+        ):
+            self._replay.run(epoch, hidden, calls[epoch])
+
+    def _follow_dense(self, epoch: int, batch_index: int, stream: ResidualStream, *, last: bool) -> DenseReference:
+        """Run the block's dense copy as far as it is watched, or for the last group to its end and carry on."""
+        block, prefix = self._dense_block, f"{self._decoder.name(epoch)}."
+        assert block is not None
+
+        def copies(linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+            return {name: block.get_submodule(name.removeprefix(prefix)) for name in linears}
+
+        entered, call = self._dense_hidden[batch_index], self._inputs[batch_index].calls[epoch]
+        dense_stream = ResidualStream(entered)
+        watching = watched_inputs(copies(self._collector.linears), end_early=not last)
+        with dense_stream.following(copies(self._writers)), watching as inputs:
+            left = run_block(block, entered, call)
+        if last:
+            self._dense_hidden[batch_index] = left
+        return DenseReference(inputs, dense_stream, stream)

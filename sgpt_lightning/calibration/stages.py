@@ -1,0 +1,64 @@
+"""What every way to calibrate has in common: its stages, three steps, and the same batches in every epoch."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.format.records import SolvedLinear
+
+
+class Stage(NamedTuple):
+    """One pass over the calibration batches, an epoch of the Trainer."""
+
+    label: str
+    """What it is about, for people."""
+    blocks: int
+    """Decoder blocks that are compressed when it has ended."""
+
+
+class Calibration(Protocol):
+    """What the callback and `compress` need of a way to calibrate."""
+
+    plans: Plans
+    """What is to be done to each linear."""
+    stages: Sequence[Stage]
+    """What each epoch is about, in order."""
+
+    def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
+        """Take in one batch: `input_ids` `[batch, time]` and optionally `attention_mask`."""
+
+    def finish(self, epoch: int) -> dict[str, SolvedLinear]:
+        """Solve what the epoch was about, write it into the model, and return it by full name."""
+
+
+class BatchCount:
+    """Holds every epoch to the number of batches of the first."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._epoch = 0
+
+    def add(self, epoch: int, batch_index: int) -> None:
+        """Count a batch in.
+
+        Raises:
+            ValueError: the first epoch had fewer.
+        """
+        self._epoch = batch_index + 1
+        if epoch == 0:
+            self._first = self._epoch
+        elif self._epoch > self._first:
+            raise self._error(epoch)
+
+    def check(self, epoch: int) -> None:
+        """Raise ValueError if the epoch that ends had other batches than the first."""
+        if self._epoch != self._first:
+            raise self._error(epoch)
+
+    def _error(self, epoch: int) -> ValueError:
+        return ValueError(
+            f"epoch {epoch} has {self._epoch} batches or more, the first had {self._first}: every epoch must bring "
+            "the same batches in the same order"
+        )
