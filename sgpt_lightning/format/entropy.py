@@ -118,6 +118,21 @@ def coded_size(codes: Tensor) -> int:
     return table_bytes + levels + 2 * words + offsets + packed_bytes(extra_bits, 1)
 
 
+def channel_bits(codes: Tensor) -> Tensor:
+    """Return the mean bits that the codes of each input channel take, float32 `[in_features]`.
+
+    Tables, levels and states are not counted; arguments and errors as for `coded_size`.
+    """
+    _check_codes(codes)
+    if not codes.numel():
+        return torch.zeros(codes.shape[1], device=codes.device)
+    model = _model(codes)
+    symbol = torch.where(model.over < 0, model.heads.abs(), LARGEST + 1).long()
+    bits = model.tables.symbol_bits()[model.chosen.long(), symbol] + model.shifts
+    escape_bits = int(model.over.max()).bit_length() if int(model.over.max()) > 0 else 0
+    return (bits + escape_bits * (model.over >= 0)).mean(0, dtype=torch.float32)
+
+
 def encode(codes: Tensor) -> dict[str, Tensor]:
     """Encode int32 `[out_features, in_features]` from any device into tensors of bytes, on the CPU.
 

@@ -39,6 +39,11 @@ class Tables(NamedTuple):
         """Return the slots of each symbol, as `slots_of` does."""
         return slots_of(self.entries, self.largest, self.escapes > 0)
 
+    def symbol_bits(self) -> Tensor:
+        """Return the bits of each symbol, float32, placed as in `slots`."""
+        slots = self.slots()
+        return (_costs().to(slots.device)[slots] / COST_UNIT).float()
+
     def cost(self) -> Tensor:
         """What rANS spends on all codes, int64 scalar in `COST_UNIT`; it comes out so within about a bit a lane."""
         slots = self.slots()
