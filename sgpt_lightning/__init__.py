@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.evaluation.evaluate import evaluate as evaluate
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
-    from sgpt_lightning.recipe import ImportanceWeights as ImportanceWeights
+    from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import LayerRule as LayerRule
     from sgpt_lightning.recipe import Recipe as Recipe
     from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CausalLMModule": "trainer.module",
     "CheckpointError": "format.directory",
-    "ImportanceWeights": "recipe",
+    "ImportanceWeights": "presets",
     "LayerRule": "recipe",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",

@@ -1,6 +1,7 @@
-"""The parts of the solve by name, and the presets that combine them: published methods and our own."""
+"""The parts of the solve by name, the presets that combine them (published methods and our own), and score weights."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 Allocation = Literal["uniform", "quantile", "budget", "loss", "rows"]
@@ -70,3 +71,28 @@ PRESETS: dict[Preset, _PresetValues] = {
     "sparsegpt": _PresetValues(_PAPER, 0.5, "uniform"),
     "gptq": _PresetValues(_PAPER, 0.0, "uniform"),
 }
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """How much each of the five channel scores counts; non-negative and summing to 1."""
+
+    activation: float = 0.25
+    """Mean absolute input of the channel."""
+    hessian: float = 0.25
+    """1 / [H^-1]_jj: what the objective loses when the channel is removed."""
+    weight: float = 0.15
+    """Mean absolute weight of the column."""
+    output: float = 0.25
+    """Root mean square of the column times the channel's mean absolute input."""
+    stability: float = 0.10
+    """Variance of the channel's input."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a negative weight or a sum other than 1."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        negative = {name: value for name, value in values.items() if not value >= 0}
+        if negative:
+            raise ValueError(f"importance weights must not be negative, got {negative}")
+        if not math.isclose(sum(values.values()), 1.0, abs_tol=1e-6):
+            raise ValueError(f"importance weights must sum to 1, got {sum(values.values()):g} from {values}")

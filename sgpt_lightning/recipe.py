@@ -13,42 +13,18 @@ an ablation is a config:
 Left out on purpose: how calibration is run (see `trainer/callback.py`) and where results go (see `checkpoint/save.py`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Literal
 
-from sgpt_lightning.presets import PRESETS, Allocation, Parts, Preset
+from sgpt_lightning.arguments import check_choice, check_type, parse_pattern
+from sgpt_lightning.presets import PRESETS, Allocation, ImportanceWeights, Parts, Preset
 
 Scope = Literal["layer", "model"]
+Coding = Literal["fixed", "entropy"]
 
 MAX_BITS = 8
-
-
-@dataclass(frozen=True)
-class ImportanceWeights:
-    """How much each of the five channel scores counts; non-negative and summing to 1."""
-
-    activation: float = 0.25
-    """Mean absolute input of the channel."""
-    hessian: float = 0.25
-    """1 / [H^-1]_jj: what the objective loses when the channel is removed."""
-    weight: float = 0.15
-    """Mean absolute weight of the column."""
-    output: float = 0.25
-    """Root mean square of the column times the channel's mean absolute input."""
-    stability: float = 0.10
-    """Variance of the channel's input."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError on a negative weight or a sum other than 1."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        negative = {name: value for name, value in values.items() if not value >= 0}
-        if negative:
-            raise ValueError(f"importance weights must not be negative, got {negative}")
-        if not math.isclose(sum(values.values()), 1.0, abs_tol=1e-6):
-            raise ValueError(f"importance weights must sum to 1, got {sum(values.values()):g} from {values}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,7 @@ class LayerRule:
 
     def __post_init__(self) -> None:
         """Raise TypeError if `match` is no text."""
-        _check_type("match", self.match, (str,))
+        check_type("match", self.match, (str,))
 
     def overrides(self) -> dict[str, object]:
         """Return the recipe's fields that this rule sets."""
@@ -82,7 +58,12 @@ class LayerRule:
         if "target_avg_bits" in given:
             raise ValueError(f"quantize=False leaves no code to count, got target_avg_bits={self.target_avg_bits}")
         # One budget for the model is for what is quantized.
-        return given | {"target_avg_bits": None, "target_bits_per_weight": None, "scope": "layer"}
+        return given | {
+            "coding": "fixed",
+            "target_avg_bits": None,
+            "target_bits_per_weight": None,
+            "scope": "layer",
+        }
 
 
 @dataclass(frozen=True)
@@ -91,6 +72,9 @@ class Recipe:
 
     preset: Preset = "best"
     """`best`, `sparsegpt` or `gptq`: which parts the solve has; see the module's docstring."""
+    coding: Coding = "fixed"
+    """`fixed`: masks, and whole bit widths for what they leave; `entropy`: whole codes on a step per input channel,
+    entropy-coded, under a budget of true bits. What the other asks for (`target_avg_bits` and so on) is then unused."""
     sparsity: float | None = None
     """Fraction of weights removed from each linear, in [0, 1); None takes the preset's (0.5, for `gptq` 0)."""
     pattern: str | None = None
@@ -107,15 +91,15 @@ class Recipe:
     measured); None takes the preset's (`rows`, else `uniform`)."""
     uniform_if_better: bool = True
     """Solve with one width too where widths are mixed, and keep it if its error is not higher at no more bytes."""
-    scope: Scope = "layer"
+    scope: Scope | None = None
     """`layer` gives every linear the same budget; `model` deals bits and sparsity to the linears by what they cost the
-    model's loss."""
+    model's loss. None takes `model` for entropy-coded codes that follow gradients, otherwise `layer`."""
     group_size: int | None = None
     """Input channels that share a range; None gives a row one range per width."""
     importance: ImportanceWeights = field(default_factory=ImportanceWeights)
     """Weights of the five channel scores."""
-    damp_percent: float = 0.01
-    """Damping as a fraction of the mean Hessian diagonal (0.01 = 1 %)."""
+    damp_percent: float | None = None
+    """Damping as a fraction of the mean Hessian diagonal (0.01 = 1 %); None takes 0.01, for entropy coding 0.03."""
     block_size: int = 128
     """Columns solved between two updates of the rest of the matrix."""
     parts: Mapping[str, bool | int | float] = field(default_factory=dict, hash=False)
@@ -130,14 +114,16 @@ class Recipe:
         self._check_types()
         for name in ("widths", "ignore", "rules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check_choice("preset", self.preset, Preset)
+        check_choice("preset", self.preset, Preset)
+        check_choice("coding", self.coding, Coding)
+        self._resolve_coding()
         self._resolve_sparsity()
-        if self.allocation is None:
+        if self.allocation is None and self.coding == "fixed":
             object.__setattr__(self, "allocation", PRESETS[self.preset].allocation)
         self._check_parts()
         if not 0 <= self.zeros < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if not 0 < self.damp_percent < 1:
+        if not 0 < self.damping < 1:
             raise ValueError(f"damp_percent is a fraction in (0, 1), 0.01 for 1 %, got {self.damp_percent}")
         self._check_bits()
         for rule in self.rules:
@@ -157,11 +143,38 @@ class Recipe:
             "parts": (Mapping,),
         }
         for name, kind in kinds.items():
-            _check_type(name, getattr(self, name), kind)
+            check_type(name, getattr(self, name), kind)
         for position, value in enumerate(self.ignore):
-            _check_type(f"ignore[{position}]", value, (str,))
+            check_type(f"ignore[{position}]", value, (str,))
         for position, rule in enumerate(self.rules):
-            _check_type(f"rules[{position}]", rule, (LayerRule,))
+            check_type(f"rules[{position}]", rule, (LayerRule,))
+
+    def _resolve_coding(self) -> None:
+        """Refuse what belongs to the other coding, and take what is not given from this one."""
+        entropy = self.coding == "entropy"
+        if entropy:
+            fixed_only = {
+                "sparsity": self.sparsity not in (None, 0),
+                "pattern": self.pattern is not None,
+                "allocation": self.allocation is not None,
+                "group_size": self.group_size is not None,
+                "widths": tuple(self.widths) != Recipe.widths,
+            }
+            wrong = [name for name, given in fixed_only.items() if given]
+            if wrong:
+                raise ValueError(
+                    f"{', '.join(wrong)} belong to coding fixed; coding entropy takes target_bits_per_weight and finds "
+                    f"zeros and bits itself, got {', '.join(f'{name}={getattr(self, name)}' for name in wrong)}"
+                )
+            if self.target_bits_per_weight is None:
+                raise ValueError("coding entropy needs a budget: set target_bits_per_weight, got None")
+            object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "target_avg_bits", None)
+        if self.scope is None:
+            follows = entropy and PRESETS[self.preset].parts.gradients and self.parts.get("gradients", True)
+            object.__setattr__(self, "scope", "model" if follows else "layer")
+        if self.damp_percent is None:
+            object.__setattr__(self, "damp_percent", 0.03 if entropy else 0.01)
 
     def _resolve_sparsity(self) -> None:
         """Take what is not given from the preset, and what a pattern implies from the pattern."""
@@ -193,11 +206,13 @@ class Recipe:
             raise ValueError(f"widths must be whole numbers from 1 to {MAX_BITS}, got {list(widths)}")
         if list(widths) != sorted(set(widths)):
             raise ValueError(f"widths must be ascending without repeats, got {list(widths)}")
-        _check_choice("allocation", self.allocation, Allocation)
-        _check_choice("scope", self.scope, Scope)
+        if self.coding == "fixed":
+            check_choice("allocation", self.allocation, Allocation)
+        check_choice("scope", self.scope, Scope)
+        most = MAX_BITS if self.coding == "entropy" else 16
+        if self.target_bits_per_weight is not None and not 0 < self.target_bits_per_weight <= most:
+            raise ValueError(f"target_bits_per_weight must be in (0, {most}], got {self.target_bits_per_weight:g}")
         if self.target_bits_per_weight is not None:
-            if not 0 < self.target_bits_per_weight <= 16:
-                raise ValueError(f"target_bits_per_weight must be in (0, 16], got {self.target_bits_per_weight:g}")
             return
         if self.target_avg_bits is None:
             if self.scope == "model":
@@ -229,6 +244,12 @@ class Recipe:
         return replace(PRESETS[self.preset].parts, **self.parts)  # type: ignore[arg-type]
 
     @property
+    def damping(self) -> float:
+        """Damping as a fraction of the mean Hessian diagonal."""
+        assert self.damp_percent is not None
+        return self.damp_percent
+
+    @property
     def zeros(self) -> float:
         """Fraction of weights removed where no pattern says otherwise."""
         assert self.sparsity is not None
@@ -255,7 +276,7 @@ class Recipe:
         rows_compete = (self.prunes and self.pattern is None and self.solve_parts.mask_steps > 0) or (
             self.quantizes and self.allocation == "rows"
         )
-        return self.solve_parts.gradients and rows_compete
+        return self.solve_parts.gradients and (rows_compete or self.coding == "entropy")
 
     def for_linear(self, name: str) -> "Recipe | None":
         """Return the settings for the linear called `name`, or None if it is to be left alone."""
@@ -271,26 +292,3 @@ class Recipe:
         """Return the `ignore` patterns and rules that match none of `names`."""
         patterns = [*self.ignore, *(rule.match for rule in self.rules)]
         return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-
-
-def _check_type(argument: str, value: object, kinds: tuple[type, ...]) -> None:
-    """Raise TypeError unless the value is of a kind; None is what is not given, and True is no number."""
-    if value is None or (isinstance(value, kinds) and not isinstance(value, bool)):
-        return
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    raise TypeError(f"{argument} must be {wanted}, got {value!r} ({type(value).__name__})")
-
-
-def _check_choice(argument: str, value: object, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{argument} must be one of {', '.join(get_args(choices))}, got {value!r}")
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Return (N, M) for the text `N:M`: N zeros in every M consecutive inputs, 0 < N < M."""
-    zeros, colon, group = pattern.partition(":")
-    if not colon or not zeros.isdecimal() or not group.isdecimal():
-        raise ValueError(f"pattern must read N:M (N zeros in every M inputs), got {pattern!r}")
-    if not 0 < int(zeros) < int(group):
-        raise ValueError(f"pattern N:M needs 0 < N < M, got {pattern!r}")
-    return int(zeros), int(group)

@@ -1,4 +1,4 @@
-"""A second reader of the file format, version 3, in numpy: written from the description in `format/packing.py`.
+"""A second reader of the file format, version 4, in numpy: written from the description in `format/packing.py`.
 
 Files and checksums are those of the descriptions in `checkpoint/save.py` and `format/manifest.py`, bits within bytes
 those of `format/bits.py`'s drawing. Nothing of the package is imported, so that a reader and a writer who are wrong in
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entropy_reader import read_codes
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -22,7 +23,7 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 3)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 4)
     assert manifest.pop("sha256") == _checksum(manifest)
     tensors: dict[str, Array] = {}
     for file, entry in manifest["files"].items():
@@ -46,6 +47,8 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def _weight(spec: dict[str, Any], parts: dict[str, Array]) -> Array:
     rows, columns = spec["shape"]
+    if spec["layout"] == "coded":
+        return _coded(spec, parts)
     keep = _mask(spec, parts.get("weight_mask"))
     weight = np.zeros((rows, columns), dtype=np.float32)
     if spec["widths"] is None:
@@ -74,6 +77,18 @@ def _weight(spec: dict[str, Any], parts: dict[str, Array]) -> Array:
         weight[chosen] = _values(spec, bits, codes, span[at], origin[at])
     assert math.ceil(bits_read / 8) == parts["weight_codes"].size
     return weight
+
+
+def _coded(spec: dict[str, Any], parts: dict[str, Array]) -> Array:
+    beside = {"weight_level", "weight_steps", "weight_row_scales"}
+    streams = {name.removeprefix("weight_"): parts[name] for name in parts if name not in beside}
+    data = {name: part.tolist() for name, part in streams.items()}
+    codes = np.array(read_codes(data, tuple(spec["shape"])), dtype=np.float32)
+    fine, scale = (
+        np.exp2(-parts[name].astype(np.float64) / octave).astype(np.float32)
+        for name, octave in (("weight_steps", 16), ("weight_row_scales", 8))
+    )
+    return codes * (parts["weight_level"] * fine) * scale[:, None]
 
 
 def _values(spec: dict[str, Any], bits: int, codes: Array, span: Array, origin: Array) -> Array:

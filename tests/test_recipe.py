@@ -2,8 +2,9 @@
 
 import pytest
 
-from sgpt_lightning.presets import Parts
-from sgpt_lightning.recipe import ImportanceWeights, LayerRule, Recipe, parse_pattern
+from sgpt_lightning.arguments import parse_pattern
+from sgpt_lightning.presets import ImportanceWeights, Parts
+from sgpt_lightning.recipe import LayerRule, Recipe
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.fc1", "model.layers.0.fc2", "model.layers.1.fc2"]
 
@@ -225,3 +226,29 @@ def test_a_rule_whose_match_is_no_text_or_whose_value_has_another_type_is_refuse
         LayerRule(3)
     with pytest.raises(TypeError, match=r"rule for '\*': sparsity must be int or float, got 'x'"):
         Recipe(rules=[LayerRule("*", sparsity="x")])
+
+
+def test_coding_decides_what_is_not_given():
+    fixed, entropy = Recipe(), Recipe(coding="entropy", target_bits_per_weight=3)
+    assert (fixed.scope, fixed.damping, fixed.zeros) == ("layer", 0.01, 0.5)
+    assert (entropy.scope, entropy.damping, entropy.zeros, entropy.quantizes) == ("model", 0.03, 0.0, True)
+    assert Recipe(coding="entropy", target_bits_per_weight=3, parts={"gradients": False}).scope == "layer"
+    assert Recipe(coding="entropy", target_bits_per_weight=3, damp_percent=0.02, scope="layer").damping == 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.5}, "sparsity belong to coding fixed.*sparsity=0.5"),
+        ({"pattern": "2:4"}, "pattern belong to coding fixed.*pattern=2:4"),
+        ({"widths": (3, 4)}, r"widths belong to coding fixed.*widths=\(3, 4\)"),
+        ({"allocation": "rows", "group_size": 64}, "allocation, group_size belong to coding fixed"),
+        ({"target_bits_per_weight": None}, "coding entropy needs a budget: set target_bits_per_weight, got None"),
+        ({"target_bits_per_weight": 8.5}, r"target_bits_per_weight must be in \(0, 8\], got 8.5"),
+        ({"rules": [LayerRule("*.fc2", sparsity=0.5)]}, r"rule for '\*.fc2': sparsity belong to coding fixed"),
+        ({"coding": "huffman"}, "coding must be one of fixed, entropy, got 'huffman'"),
+    ],
+)
+def test_what_belongs_to_the_other_coding_is_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**({"coding": "entropy", "target_bits_per_weight": 3.0} | settings))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.rates import BitBudget
 from sgpt_lightning.core.budget import least_bits
 from sgpt_lightning.core.solver import check_pattern
 from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
@@ -73,7 +74,12 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
-    return Plans(decoder, recipes)
+    budget = {
+        name: resolved.target_bits_per_weight * weight_matrix(linears[name]).numel()
+        for name, resolved in recipes.items()
+        if resolved.coding == "entropy" and resolved.target_bits_per_weight is not None
+    }
+    return Plans(decoder, recipes, budget=BitBudget(budget))
 
 
 def least_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.gradients import OutputGradients
-from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model
+from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model, plan_rates
+from sgpt_lightning.calibration.rates import BitBudget
 from sgpt_lightning.calibration.stages import BatchCount, Calibration, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, real_tokens
@@ -54,14 +55,17 @@ class GuidedCalibration:
         self._collector.check()
         self._gradients.check()
         weights = {name: self._gradients.row_weights(name) for name in self.plans.recipes}
-        recipes = self.plans.recipes
+        recipes, budget = self.plans.recipes, self.plans.budget
         if self._recipe.scope == "model":
             jobs = {
                 name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
                 for name, linear in self._collector.linears.items()
                 if recipes[name].scope == "model"
             }
-            recipes = {**recipes, **plan_model(jobs)}
-        self.plans = Plans(self.plans.decoder, recipes, weights)
+            if self._recipe.coding == "entropy":
+                budget = BitBudget(plan_rates(jobs))
+            else:
+                recipes = {**recipes, **plan_model(jobs)}
+        self.plans = Plans(self.plans.decoder, recipes, weights, budget)
         self._next = self._then(self.plans)
         return {}

@@ -17,11 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from sgpt_lightning.calibration.rates import BitBudget, RateCurve, rate_curve, rates_at_one_price
 from sgpt_lightning.core.allocation import choose_points, greedy_curve
 from sgpt_lightning.core.budget import count_survivors, fixed_bits
+from sgpt_lightning.core.linear import relative_weights
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.problem import SharedInput
-from sgpt_lightning.core.solver import try_width
+from sgpt_lightning.core.rate import rate_problem
+from sgpt_lightning.core.solver import LinearToSolve, pose_dense, try_width
+from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.models.blocks import DecoderBlocks
 from sgpt_lightning.recipe import Recipe
 
@@ -40,6 +44,8 @@ class Plans:
     """Settings resolved for each linear, by full name; linears that are left alone are missing."""
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """What an error of each output channel costs the loss, `[out_features]`; empty if gradients were not asked for."""
+    budget: BitBudget = field(default_factory=lambda: BitBudget({}))
+    """True bits of the linears whose codes are entropy-coded, kept while they are solved."""
 
     def linears(self, block: int | None = None) -> dict[str, nn.Module]:
         """Return the linears of one block, or of all, that something is to be done to."""
@@ -95,6 +101,26 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
     return {name: points[name][index].recipe for name, index in zip(jobs, chosen, strict=True)}
 
 
+def plan_rates(jobs: Mapping[str, LinearJob]) -> dict[str, float]:
+    """Choose the true bits of every linear whose codes are entropy-coded.
+
+    Args:
+        jobs: the linears, by name; those that share an input beside each other.
+
+    Raises:
+        ValueError: the budget is below what all linears take at the least.
+    """
+    curves: dict[str, RateCurve] = {}
+    inputs: SharedInput | None = None
+    for name, job in jobs.items():
+        if inputs is None or inputs.statistics is not job.statistics:
+            inputs = SharedInput(job.statistics)
+        relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
+        problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
+        curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
+    return rates_at_one_price(curves, sum(_budget(job) for job in jobs.values()))
+
+
 def _budget(job: LinearJob) -> float:
     """Return the bits that the recipe allows for one linear."""
     recipe, weights = job.recipe, job.weight.numel()
@@ -122,7 +148,7 @@ def _points(name: str, job: LinearJob) -> list[_Point]:
     trial_bits = min(recipe.widths, key=lambda bits: abs(bits - TRIAL_BITS))
     points = []
     for masked in masks:
-        trial = try_width(job.weight, inputs, masked, job.row_weights, trial_bits, name)
+        trial = try_width(LinearToSolve(job.weight, name, job.row_weights), inputs, masked, trial_bits)
         errors = trial.rounding.clamp_min(0).cpu().numpy() * 4.0**trial_bits
         curve = greedy_curve(errors, trial.survivors.cpu().numpy(), recipe.widths)
         low, high = recipe.widths[0], recipe.widths[-1]

@@ -12,6 +12,7 @@ from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.core.solver import LinearToSolve, compress_linears
+from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix, weight_matrix
@@ -34,11 +35,17 @@ def solve_linears(
         seen = collector.statistics(names[0])
         if inputs is None or inputs.statistics is not seen:  # linears that share an input stand beside each other
             inputs = SharedInput(seen)
-        matrices = [LinearToSolve(weight_matrix(linears[n]), n, plans.row_weights.get(n)) for n in names]
         recipe, has_bias = plans.recipes[names[0]], _has_bias(linears[names[0]])
-        compressed = compress_linears(matrices, inputs, recipe, storage_dtype, has_bias=has_bias)
+        bits = plans.budget.of(names) if recipe.coding == "entropy" else [None] * len(names)
+        matrices = [
+            LinearToSolve(weight_matrix(linears[name]), name, plans.row_weights.get(name), limit)
+            for name, limit in zip(names, bits, strict=True)
+        ]
+        compressed = compress_linears(matrices, inputs, recipe, storage_dtype, has_bias=has_bias, coded_size=coded_size)
         for name, result in zip(names, compressed, strict=True):
             solved[name] = _write_back(linears[name], name, result, storage_dtype)
+        if recipe.coding == "entropy":
+            plans.budget.took({name: 8 * solved[name].packed.nbytes for name in names})
     return solved
 
 

@@ -85,6 +85,9 @@ def least_bits(recipe: Recipe | None, shape: tuple[int, int], storage_bits: int)
     if recipe is None:
         return storage_bits * math.prod(shape)
     survivors = count_survivors(recipe, shape)
+    if recipe.coding == "entropy":
+        assert recipe.target_bits_per_weight is not None
+        return _LEAST_USED * recipe.target_bits_per_weight * survivors
     if not recipe.quantizes:
         return storage_bits * survivors
     if recipe.target_bits_per_weight is not None and recipe.scope == "model":

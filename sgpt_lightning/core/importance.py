@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.core.moments import InputStatistics
-from sgpt_lightning.recipe import ImportanceWeights
+from sgpt_lightning.presets import ImportanceWeights
 
 
 def channel_scores(weight: Tensor, statistics: InputStatistics, inverse_diagonal: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from sgpt_lightning.core.grids import GridKind, WidthAxis, count_segments
 
-Layout = Literal["dense", "bitmap", "pattern"]
+Layout = Literal["dense", "bitmap", "pattern", "coded"]
 MAX_GROUP = 16
 """Largest M of an N:M pattern that is stored by rank."""
 

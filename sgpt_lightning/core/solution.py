@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid, dequantize_matrix
@@ -58,7 +59,50 @@ class Quantized:
         return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)
 
 
-Solution = Pruned | Quantized
+ROW_OCTAVE, STEP_OCTAVE = 8, 16
+"""Positions per octave on the logarithmic grids of row scales and of steps."""
+
+
+def power_of_two(index: Tensor, octave: int) -> Tensor:
+    """Return 2^(-index / octave), float32, the same on every device.
+
+    Args:
+        index: whole numbers, any integer dtype and shape.
+        octave: positions per octave.
+    """
+    fractions = torch.tensor([2.0 ** (-part / octave) for part in range(octave)], device=index.device)
+    whole = index.long()
+    return torch.ldexp(fractions[whole % octave], -(whole // octave))
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix of whole codes for an entropy coder: q_rc = (k_rc s_c) g_r, rounded to float32 after each product."""
+
+    codes: Tensor
+    """k, int32 `[out_features, in_features]`."""
+    level: Tensor
+    """The coarsest step, float32 `[1]`."""
+    steps: Tensor
+    """s_c = level 2^(-steps_c / 16), uint8 `[in_features]`."""
+    rows: Tensor
+    """g_r = 2^(-rows_r / 8), uint8 `[out_features]`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def step_sizes(self) -> Tensor:
+        """Return s, float32 `[in_features]`."""
+        return self.level * power_of_two(self.steps, STEP_OCTAVE)
+
+    def weight(self) -> Tensor:
+        """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
+        return (self.codes.float() * self.step_sizes()).mul_(power_of_two(self.rows, ROW_OCTAVE)[:, None])
+
+
+Solution = Pruned | Quantized | Coded
 """What is stored of a matrix."""
 
 

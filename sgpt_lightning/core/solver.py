@@ -9,6 +9,8 @@ The order of things, where a part that the recipe switches off is left out (`Par
 5. the sweep that rounds, columns in act order (`sweep.py`);
 6. descent over the codes and ranges refitted, in turn.
 
+Where codes are entropy-coded, `rate.py` takes the place of 2 to 6: steps, row scales, and the level for a size.
+
 With all parts off this is the published SparseGPT: the mask is chosen inside the sweep that rounds, block by block, and
 a row's range is that of the whole row. Where the mask must be known before (mixed widths, act order with N:M
 groups, or a refit) a sweep that only prunes chooses it.
@@ -29,6 +31,7 @@ from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.pruning import choose_masks
+from sgpt_lightning.core.rate import CodedSize, rate_problem, solve_rates
 from sgpt_lightning.core.rounding import allocation_used, round_survivors, round_to, same_width
 from sgpt_lightning.core.solution import CompressedLinear, Pruned, Quantized, Solution, SolveError
 from sgpt_lightning.guards import exact_float32
@@ -44,6 +47,8 @@ class LinearToSolve(NamedTuple):
     """The linear, for error messages."""
     row_weights: Tensor | None = None
     """What a unit of squared output error costs the model's loss, `[out_features]`; equal if None."""
+    bits: float | None = None
+    """True bits that an entropy-coded matrix may take; what the recipe gives a weight, times the weights, if None."""
 
 
 def compress_linear(
@@ -56,7 +61,7 @@ def compress_linear(
     has_bias: bool = False,
     row_weights: Tensor | None = None,
 ) -> CompressedLinear:
-    """Prune and quantize one weight matrix; arguments and errors as `compress_linears`, fields as `LinearToSolve`."""
+    """Prune and quantize one weight matrix to fixed widths; arguments and errors as `compress_linears`."""
     linear = LinearToSolve(weight, name, row_weights)
     return compress_linears([linear], inputs, recipe, storage_dtype, has_bias=has_bias)[0]
 
@@ -70,6 +75,7 @@ def compress_linears(
     storage_dtype: torch.dtype = torch.float16,
     *,
     has_bias: bool = False,
+    coded_size: CodedSize | None = None,
 ) -> list[CompressedLinear]:
     """Prune and quantize weight matrices against the input that all of them were seen to receive.
 
@@ -81,38 +87,53 @@ def compress_linears(
         recipe: settings, already resolved for these linears.
         storage_dtype: dtype of the survivors when they are not quantized.
         has_bias: whether the linears have biases that may take over the mean of the error.
+        coded_size: bytes that int32 codes take when they are entropy-coded (`format.entropy.coded_size`); needed where
+            the recipe's coding is `entropy`.
 
     Returns:
         One result per linear, in order.
 
     Raises:
         ValueError: the linears saw no token, in_features is not divisible by M of an N:M pattern, the budget is below
-            what mask, ranges and the narrowest width take, or weights and moments are on different devices.
+            what mask, ranges and the narrowest width take, weights and moments are on different devices, or
+            `coded_size` is missing.
         HessianError: the Hessian cannot be inverted.
         SolveError: a weight holds NaN or inf, or what would be stored does.
     """
     for linear in linears:
         _check_linear(linear, inputs, recipe)
     problems = [_make_problem(linear, inputs, recipe, has_bias=has_bias) for linear in linears]
+    if recipe.coding == "entropy":
+        if coded_size is None:
+            raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
+        return list(map(_judged, problems, _coded(linears, problems, coded_size)))
     shared, columns = problems[0].objective.input, problems[0].columns
     starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
     solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
     return list(map(_judged, problems, solutions))
 
 
+def _coded(
+    linears: Sequence[LinearToSolve], problems: Sequence[LinearProblem], coded_size: CodedSize
+) -> list[Solution]:
+    """Find the steps at which each linear's codes take the bits it may."""
+    rate = problems[0].recipe.target_bits_per_weight
+    assert rate is not None
+    budgets = [rate * linear.weight.numel() if linear.bits is None else linear.bits for linear in linears]
+    return list(solve_rates(list(map(rate_problem, problems)), budgets, coded_size))
+
+
 def _make_problem(
     linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe, *, has_bias: bool
 ) -> LinearProblem:
-    weight, name, row_weights = linear
+    weight, name, row_weights, _ = linear
     parts = recipe.solve_parts
-    objective = make_objective(
-        weight.float(), inputs, parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
-    )
+    objective = make_objective(weight.float(), inputs, parts, has_bias=has_bias, damp_percent=recipe.damping, name=name)
     shared = objective.input
     importance = channel_importance(
         objective.target, shared.statistics, shared.factor.inverse_diagonal, recipe.importance
     )
-    columns = shared.act_ordered if parts.act_order else shared.natural
+    columns = shared.act_ordered if parts.act_order and recipe.coding == "fixed" else shared.natural
     return LinearProblem(objective, columns, recipe, importance, relative_weights(row_weights, weight), name)
 
 
@@ -175,27 +196,33 @@ class Trial(NamedTuple):
 
 @torch.no_grad()
 @exact_float32()
-def try_width(
-    weight: Tensor,
-    inputs: InputStatistics | SharedInput,
-    recipe: Recipe,
-    row_weights: Tensor,
-    bits: int,
-    name: str = "",
-) -> Trial:
-    """Solve as far as is needed to know the errors that a mask and one width make; arguments as `compress_linear`."""
-    _check_linear(LinearToSolve(weight, name), inputs, recipe)
-    parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
-    objective = make_objective(weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damp_percent)
-    shared = objective.input
-    columns = shared.act_ordered if parts.act_order else shared.natural
-    importance = torch.ones(weight.shape[1], device=weight.device)
-    problem = LinearProblem(objective, columns, recipe, importance, row_weights.float(), name)
-    (start,) = choose_masks([problem], shared.natural if recipe.n_m else columns)
+def try_width(linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe, bits: int) -> Trial:
+    """Solve on the dense model's inputs, as far as is needed to know the errors that a mask and one width make."""
+    problem = pose_dense(linear, inputs, recipe)
+    shared = problem.objective.input
+    (start,) = choose_masks([problem], shared.natural if recipe.n_m else problem.columns)
     (rounded,) = round_to([problem], [start], [same_width(start, bits)], "input")
     keep = torch.ones_like(rounded.stored) if rounded.drop is None else ~rounded.drop
     pruning = problem.row_costs(start.survivors)
     return Trial(pruning, problem.row_costs(rounded.stored) - pruning, keep.sum(1, dtype=torch.float64))
+
+
+@torch.no_grad()
+@exact_float32()
+def pose_dense(linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe) -> LinearProblem:
+    """Return the problem of a linear on the dense model's inputs: the target is the weight itself.
+
+    Row weights are taken as they are, in units of the model's loss.
+    """
+    _check_linear(linear, inputs, recipe)
+    parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
+    objective = make_objective(
+        linear.weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damping, name=linear.name
+    )
+    columns = objective.input.act_ordered if parts.act_order else objective.input.natural
+    ones = torch.ones(linear.weight.shape[1], device=linear.weight.device)
+    assert linear.row_weights is not None
+    return LinearProblem(objective, columns, recipe, ones, linear.row_weights.float(), linear.name)
 
 
 def _check_linear(linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe) -> None:

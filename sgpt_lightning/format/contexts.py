@@ -43,8 +43,8 @@ class Contexts(NamedTuple):
 
     def tables(self) -> Tensor:
         """Return the table of each code, int16 `[out_features, in_features]`."""
-        levels = level_of(self.rows, self.columns, -self.matrix)
-        return table_of(levels, self.lowest, self.highest, self.breadth).to(torch.int16)
+        lowest, highest = self.lowest.to(torch.int16), self.highest.to(torch.int16)
+        return table_of(level_of(self.rows, self.columns, -self.matrix), lowest, highest, self.breadth)
 
     def shifts(self) -> Tensor:
         """Return the low bits of a code that each table leaves aside, int32 `[LEVELS]`."""
@@ -71,12 +71,13 @@ def contexts_of(codes: Tensor) -> Contexts:
 
 def level_of(rows: Tensor, columns: Tensor, base: Tensor | int) -> Tensor:
     """Return the level to expect of each code, int16 `[out_features, in_features]`, before it is limited."""
-    return rows[:, None] + columns[None, :] + base
+    return (rows + base)[:, None] + columns[None, :]
 
 
 def table_of(levels: Tensor, lowest: Tensor, highest: Tensor, breadth: int) -> Tensor:
     """Return the table that codes of a level share."""
-    return (levels.clamp(lowest, highest) - lowest) // breadth
+    tables = levels.clamp(lowest, highest).sub_(lowest)
+    return tables if breadth == 1 else tables.div_(breadth, rounding_mode="floor")
 
 
 def shift_of(level: Tensor) -> Tensor:
@@ -90,12 +91,11 @@ def _breadth(count: int) -> int:
 
 
 def _levels(sums: Tensor, count: int) -> Tensor:
-    edges = torch.tensor(_level_edges(count), device=sums.device)
-    return torch.bucketize(sums, edges, right=True).to(torch.int16)
+    return torch.bucketize(sums, _level_edges(count, sums.device), right=True).to(torch.int16)
 
 
 @lru_cache(maxsize=256)
-def _level_edges(count: int) -> list[int]:
+def _level_edges(count: int, device: torch.device) -> Tensor:
     """From which sum of `count` magnitudes the level is 1, 2, ...: count * 2^((2 j - 1) / 8 - 8), rounded up."""
     roots = (isqrt(isqrt(isqrt(count**8 << (2 * level - 1)))) + 1 for level in range(1, LEVELS))
-    return [-(-root // 256) for root in roots]
+    return torch.tensor([-(-root // 256) for root in roots], device=device)

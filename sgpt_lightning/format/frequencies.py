@@ -39,12 +39,17 @@ class Tables(NamedTuple):
         """Return the slots of each symbol, as `slots_of` does."""
         return slots_of(self.entries, self.largest, self.escapes > 0)
 
+    def symbol_bits(self) -> Tensor:
+        """Return the bits of each symbol, float32, placed as in `slots`."""
+        slots = self.slots()
+        return (_costs().to(slots.device)[slots] / COST_UNIT).float()
+
     def cost(self) -> Tensor:
         """What rANS spends on all codes, int64 scalar in `COST_UNIT`; it comes out so within about a bit a lane."""
         slots = self.slots()
         inside = torch.arange(LARGEST + 2, device=slots.device) <= self.largest[:, None]
         used = torch.cat([self.counts[:, :-1] * inside[:, :-1], self.escapes[:, None]], 1)
-        return (used * _costs().to(slots.device)[slots]).sum()
+        return (used * _costs(slots.device)[slots]).sum()
 
 
 def tables_of(heads: Tensor, chosen: Tensor) -> Tables:
@@ -65,7 +70,7 @@ def tables_of(heads: Tensor, chosen: Tensor) -> Tables:
     wanted = torch.cat([counts[:, :-1], escapes[:, None]], 1) * (16 * SLOTS) // total.clamp(min=1)
     wanted[:, 1:-1] //= 2
     # One slot comes with the symbol, and rounding down takes half a slot of 16 parts.
-    entries = torch.bucketize(wanted - 8, torch.tensor(_entry_edges(), device=heads.device), right=True)
+    entries = torch.bucketize(wanted - 8, _entry_edges(heads.device), right=True)
     return Tables(counts, largest, escapes, entries)
 
 
@@ -84,7 +89,7 @@ def slots_of(entries: Tensor, largest: Tensor, escapes: Tensor) -> Tensor:
     inside = symbols <= largest[:, None]
     inside[:, -1] = escapes
     signs = torch.where((symbols > 0) & (symbols <= LARGEST), 2, 1) * inside
-    weights = torch.tensor(_weights(), device=entries.device)[entries]
+    weights = _weights(entries.device)[entries]
     shared = SLOTS - signs.sum(1, keepdim=True)
     slots = inside + inside * (weights * shared // (weights * signs).sum(1, keepdim=True).clamp(min=1))
     left = SLOTS - (slots * signs).sum(1)
@@ -94,17 +99,21 @@ def slots_of(entries: Tensor, largest: Tensor, escapes: Tensor) -> Tensor:
     return slots
 
 
-def _weights() -> list[int]:
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
     """Weight of each entry: 0, then eighths of octaves from 16 up."""
-    return [0, *(isqrt(isqrt(isqrt(1 << (31 + entry)))) for entry in range(1, ENTRIES))]
+    weights = (isqrt(isqrt(isqrt(1 << (31 + entry)))) for entry in range(1, ENTRIES))
+    return torch.tensor([0, *weights], device=device)
 
 
-def _entry_edges() -> list[int]:
+@lru_cache(maxsize=8)
+def _entry_edges(device: torch.device) -> Tensor:
     """From which weight on the entry is 1, 2, ...: half a step below its own."""
-    return [isqrt(isqrt(isqrt(isqrt(1 << (61 + 2 * entry))))) + 1 for entry in range(1, ENTRIES)]
+    edges = (isqrt(isqrt(isqrt(isqrt(1 << (61 + 2 * entry))))) + 1 for entry in range(1, ENTRIES))
+    return torch.tensor(list(edges), device=device)
 
 
-@lru_cache(maxsize=1)
-def _costs() -> Tensor:
+@lru_cache(maxsize=8)
+def _costs(device: torch.device) -> Tensor:
     slots = torch.arange(SLOTS + 1, dtype=torch.float64).clamp(min=1)
-    return ((SLOT_BITS - slots.log2()) * COST_UNIT).round().long()
+    return ((SLOT_BITS - slots.log2()) * COST_UNIT).round().long().to(device)

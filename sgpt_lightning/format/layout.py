@@ -101,12 +101,16 @@ class PackedWeight(NamedTuple):
 def check_sizes(packed: PackedWeight) -> None:
     """Compare the stored tensors with the specification, before anything of the matrix's size is allocated.
 
-    A matrix that passes has at most 26 weights per byte stored: the leanest form is 15 zeros in 16 and 1-bit codes.
+    A matrix that passes has at most 26 weights per byte stored: the leanest form is 15 zeros in 16 and 1-bit codes. A
+    coded one has at most 4,096, which `entropy.decode` sees to: a lane is 4 bytes and decodes 16,384 codes.
 
     Raises:
         ValueError: a tensor is missing or one too many, or its dtype or size cannot be right.
     """
     spec, tensors = packed
+    if spec.layout == "coded":
+        _check_coded(packed)
+        return
     expected = _expected_tensors(spec)
     if set(expected) != set(tensors):
         raise ValueError(f"a {spec.layout} weight needs the tensors {sorted(expected)}, got {sorted(tensors)}")
@@ -126,6 +130,24 @@ def check_sizes(packed: PackedWeight) -> None:
     if not least <= codes.numel() <= most or (spec.widths is not None and codes.dim() != 1):
         what = "values" if spec.widths is None else "bytes of codes"
         raise ValueError(f"a weight of {spec.shape} takes from {least} to {most} {what}, got {tuple(codes.shape)}")
+
+
+CODED_STREAMS = ("tables", "rows", "columns", "stream", "offsets", "extra")
+"""What `entropy.py` makes of codes; without the prefix `weight_`."""
+
+
+def _check_coded(packed: PackedWeight) -> None:
+    """Check what stands beside the codes; `entropy.decode` checks its own tensors against the shape."""
+    spec, tensors = packed
+    beside = {"weight_level": (torch.float32, 1), "weight_steps": (torch.uint8, spec.shape[1])}
+    beside["weight_row_scales"] = (torch.uint8, spec.shape[0])
+    known = {*beside, *(f"weight_{name}" for name in CODED_STREAMS)}
+    if not set(beside) <= set(tensors) <= known:
+        raise ValueError(f"a coded weight needs the tensors {sorted(beside)} and codes, got {sorted(tensors)}")
+    for name, (dtype, count) in beside.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
+            raise ValueError(f"{name} must be {dtype} [{count}], got {tensor.dtype} {list(tensor.shape)}")
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

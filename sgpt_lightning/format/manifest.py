@@ -19,7 +19,7 @@ from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -137,7 +137,7 @@ class Manifest:
             raise CheckpointError(
                 f"{path} is of format version {version!r}, this package reads 1 to {FORMAT_VERSION}: upgrade it"
             )
-        if version < FORMAT_VERSION:
+        if version < _FIRST_WITH_CHECKSUM:
             content = _brought_up(content, version, path)
         elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
@@ -171,6 +171,10 @@ def check_files(directory: Path, manifest: Manifest) -> None:
                 raise CheckpointError(f"{path} does not match the manifest's SHA-256: it was changed or damaged")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+_FIRST_WITH_CHECKSUM = 3
+"""Version 4 differs from it by the layout `coded` alone."""
 
 
 def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:

@@ -15,6 +15,14 @@ packed without gaps and starts on a byte.
     weight_widths      uint8   per column (row): position in the ascending list of widths, ceil(log2(n)) bits;
                                absent when there is one width
 
+and, in the layout `coded`, whole codes k of any size,
+
+    weight_level       float32 [1]: the coarsest step
+    weight_steps       uint8   [in_features]
+    weight_row_scales  uint8   [out_features]
+    weight_tables, weight_rows, weight_columns, weight_stream, weight_offsets, weight_extra
+                               the codes, as `entropy.py` draws them
+
 Matrices are `[out_features, in_features]`, also where the model holds them transposed (Conv1D). Bits are laid out as
 `bits.py` draws them. A segment is `group_size` consecutive columns; without groups it is the columns of one width,
 narrowest first, or all columns in the grid `zero-point` and where rows have widths. At `b` bits a code c stands for,
@@ -24,10 +32,11 @@ in float32, each operation rounded,
                                                        with B the widest width in use
     offset      range / (2^b - 1) * c + offset
     zero-free   range / (2^(b-1) - 1) * k + offset     with k = c mod 2^(b-1); negated if c >= 2^(b-1); at 1 bit k = 0
+    coded       (k * (level * 2^(-step / 16))) * 2^(-row scale / 8), the powers of two being float32 as well
 
 No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
-trace in the result. Three layouts are priced and the cheapest is taken: `dense` (no mask; removed weights hold the
-zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
+trace in the result. For masks and widths three layouts are priced and the cheapest is taken: `dense` (no mask; removed
+weights hold the zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
 """
 
 import itertools
@@ -38,13 +47,16 @@ from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid, dequantize_matrix
 from sgpt_lightning.core.sizes import Layout, code_bits, index_bits, smallest_layout
-from sgpt_lightning.core.solution import Pruned, Quantized, Solution
+from sgpt_lightning.core.solution import Coded, Pruned, Quantized, Solution
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
-from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes, origin_name
+from sgpt_lightning.format.entropy import decode, encode
+from sgpt_lightning.format.layout import CODED_STREAMS, PackedWeight, WeightSpec, check_sizes, origin_name
 
 
 def pack_weight(solution: Solution) -> PackedWeight:
     """Pack a solved matrix in its cheapest layout."""
+    if isinstance(solution, Coded):
+        return _pack_coded(solution)
     layout = cheapest_layout(solution)
     n_m = solution.n_m if layout == "pattern" else None
     keep = None if layout == "dense" else solution.keep
@@ -58,6 +70,22 @@ def pack_weight(solution: Solution) -> PackedWeight:
     if keep is not None:
         tensors["weight_mask"] = _pack_mask(keep, spec)
     return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _pack_coded(solution: Coded) -> PackedWeight:
+    tensors = {f"weight_{name}": tensor for name, tensor in encode(solution.codes).items()}
+    tensors |= {"weight_level": solution.level, "weight_steps": solution.steps, "weight_row_scales": solution.rows}
+    return PackedWeight(WeightSpec(solution.shape, "coded", None, None), tensors)
+
+
+def _unpack_coded(packed: PackedWeight) -> Tensor:
+    spec, tensors = packed
+    level = tensors["weight_level"]
+    if not bool(torch.isfinite(level).all()):
+        raise ValueError(f"weight_level must be a finite number, got {float(level)}")
+    streams = {name: tensors[f"weight_{name}"] for name in CODED_STREAMS if f"weight_{name}" in tensors}
+    codes = decode(streams, spec.shape).to(level.device)
+    return Coded(codes, level, tensors["weight_steps"], tensors["weight_row_scales"]).weight()
 
 
 def _quantized_tensors(solution: Quantized, keep: Tensor | None, spec: WeightSpec) -> dict[str, Tensor]:
@@ -82,6 +110,8 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     """
     check_sizes(packed)
     spec, tensors = packed
+    if spec.layout == "coded":
+        return _unpack_coded(packed)
     keep = None if spec.layout == "dense" else _unpack_mask(tensors["weight_mask"], spec)
     if spec.widths is None:
         values = tensors["weight_values"]
@@ -100,7 +130,7 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     return weight if keep is None else weight.masked_fill_(~keep, 0)
 
 
-def cheapest_layout(solution: Solution) -> Layout:
+def cheapest_layout(solution: Pruned | Quantized) -> Layout:
     """Price the layouts that can hold the matrix and return the cheapest."""
     keep, shape = solution.keep, solution.shape
     if keep is None:

@@ -9,6 +9,7 @@ It leaves out what the symbols mean and where frequencies come from (`format/con
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +23,20 @@ FIRST_STATE = 1 << 16
 LANES = 64
 """Lanes of a stream, where there is more than one stream."""
 STREAMS_AT_ONCE = 32
-"""Streams that numpy decodes side by side: 2,048 lanes keep its overhead small and its arrays in the cache."""
-
-
+"""Streams that numpy codes side by side: 2,048 lanes keep its overhead small and its arrays in the cache."""
 MAX_STEPS = 1 << 14
 """Most codes of one lane; it bounds the time that a damaged file can cost."""
 _LANE_BITS = 8192
-"""A lane costs 24 bits on average; with this many to itself that is 0.3 %."""
+"""A lane costs 24 bits on average; with this many to itself that is 0.3 %. Lanes past `_MANY` have twice as many."""
 _LANE_CODES = 2048
 """Fewer codes a lane would make nothing faster that is not fast."""
+_MANY = 2048
 
 
 def lanes_for(bits: int, count: int) -> int:
     """Choose the lanes for `count` codes that take `bits` bits."""
-    lanes = max(min(bits // _LANE_BITS, count // _LANE_CODES), 1)
+    lanes = min(bits // _LANE_BITS, count // _LANE_CODES)
+    lanes = max(min(lanes, max(_MANY, bits // (2 * _LANE_BITS))), 1)
     if lanes > LANES:
         lanes = (lanes + LANES // 2) // LANES * LANES
     fewest = -(-count // MAX_STEPS)
@@ -51,10 +52,13 @@ def check_lanes(lanes: int, count: int) -> None:
 def words_for(bits: int, lanes: int) -> int:
     """Return the words that are set aside for codes of `bits` bits in all, states included.
 
-    The words that a lane asks for leave 0 to 16 bits in its state, 8 on average; the states of many lanes are
-    independent, so the sum stays within 5 of its standard deviations (1 / sqrt(12) words a lane).
+    What a lane has beyond its words, 0 to 16 bits, 8 on average, stays in its state. The states of many lanes are
+    independent, so the sum is within 5 of its standard deviations (1 / sqrt(12) words a lane). A step also rounds: it
+    costs 0.0081 * (middle of the symbol's slots / 4096 - 1/2) bits on average (log2(e) / x over the states), nothing
+    where symbols are as frequent as their slots; half a bit a lane is for what remains. Lanes of less than 64 bits
+    may all have nothing in their states.
     """
-    saved = lanes / 2 - min(lanes / 2, 1.5 * math.sqrt(lanes))
+    saved = lanes / 2 - min(lanes / 2, 1.5 * math.sqrt(lanes) + lanes / 32) if bits >= 64 * lanes else 0
     return 2 * lanes + max(math.ceil(bits / 16 - saved), 0) + 1
 
 
@@ -70,6 +74,11 @@ class Split(NamedTuple):
         """Deal `count` codes to `all_lanes` lanes, which are at most `LANES` or a multiple of it."""
         streams = -(-all_lanes // LANES)
         return cls(streams, all_lanes // streams, -(-count // all_lanes))
+
+    def groups(self) -> list[slice]:
+        """Return the streams that are coded side by side."""
+        firsts = range(0, self.streams, STREAMS_AT_ONCE)
+        return [slice(first, min(first + STREAMS_AT_ONCE, self.streams)) for first in firsts]
 
     def deal(self, codes: NDArray, idle: int) -> NDArray:
         """Arrange `[count]` as `[streams, steps, lanes]`; what is past the end is `idle`."""
@@ -98,20 +107,30 @@ def encode(frequencies: NDArray[np.uint32], starts: NDArray[np.uint32], split: S
     Returns:
         The words of each stream: two for the state of each lane, low half first, and those that its lanes ask for.
     """
-    step_frequencies = split.deal(frequencies, SLOTS).transpose(1, 0, 2)
-    step_starts = split.deal(starts, 0).transpose(1, 0, 2)
-    state = np.full((split.streams, split.lanes), FIRST_STATE, np.uint32)
-    words = np.empty((split.streams, split.steps, split.lanes), np.uint16)
-    asks = np.empty(words.shape, np.bool_)
-    for step in reversed(range(split.steps)):
-        frequency = np.ascontiguousarray(step_frequencies[step])
-        full = (state >> np.uint32(32 - SLOT_BITS)) >= frequency
-        words[:, step], asks[:, step] = state, full  # the low half; the cast cuts the rest
-        state = np.where(full, state >> np.uint32(16), state)
-        quotient = state // frequency
-        state += quotient * (np.uint32(SLOTS) - frequency) + step_starts[step]
-    heads = state.astype("<u4").view("<u2").reshape(split.streams, -1)
-    return [np.concatenate([heads[s], words[s][asks[s]]]) for s in range(split.streams)]
+    dealt = split.deal(frequencies, SLOTS), split.deal(starts, 0)
+    streams = []
+    for group in split.groups():
+        words, asks, states = _encode_group(*(part[group] for part in dealt))
+        heads = states.astype("<u4").view("<u2")
+        streams += [np.concatenate([heads[s], words[s][asks[s]]]) for s in range(len(heads))]
+    return streams
+
+
+def _encode_group(frequencies: NDArray, starts: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Return the low half of each state before its step, whether it was put out, and the states to start with."""
+    streams, steps, lanes = frequencies.shape
+    by_step = frequencies.transpose(1, 0, 2).reshape(steps, -1), starts.transpose(1, 0, 2).reshape(steps, -1)
+    state = np.full(streams * lanes, FIRST_STATE, np.uint32)
+    words, asks = np.empty((steps, state.size), np.uint16), np.empty((steps, state.size), np.bool_)
+    for step in reversed(range(steps)):
+        frequency, start = by_step[0][step], by_step[1][step]
+        full = np.greater_equal(state >> np.uint32(32 - SLOT_BITS), frequency, out=asks[step])
+        words[step] = state  # the cast cuts the high half
+        np.right_shift(state, np.uint32(16), out=state, where=full)
+        state += state // frequency * (np.uint32(SLOTS) - frequency)
+        state += start
+    shape = (steps, streams, lanes)
+    return words.reshape(shape).transpose(1, 0, 2), asks.reshape(shape).transpose(1, 0, 2), state.reshape(streams, -1)
 
 
 def slot_table(frequencies: NDArray) -> SlotTable:
@@ -128,59 +147,90 @@ def slot_table(frequencies: NDArray) -> SlotTable:
     return SlotTable(moves, np.repeat(symbols, flat).astype(np.uint8))
 
 
-def decode(
-    words: NDArray[np.uint16], offsets: NDArray[np.int64], table: SlotTable, chosen: NDArray, split: Split
-) -> NDArray[np.uint8]:
-    """Decode the streams of a matrix.
+class Coded(NamedTuple):
+    """The streams of a matrix, ready to be decoded."""
 
-    Args:
-        words: uint16 `[words]`.
-        offsets: int64 `[streams + 1]`, ascending, first 0: stream s is words[offsets[s] : offsets[s + 1]]. What the
-            last stream leaves of its words must be 0.
-        table: of `slot_table`.
-        chosen: int `[count]`, the table of each code.
-        split: how codes are dealt.
+    words: NDArray[np.uint16]
+    """`[words]`."""
+    offsets: NDArray[np.int64]
+    """`[streams + 1]`, ascending, first 0, last the number of words: stream s is words[offsets[s] : offsets[s + 1]]."""
+    table: SlotTable
+    """Of `slot_table`."""
+    chosen: NDArray
+    """int `[count]`: the table of each code."""
+    split: Split
+
+
+def decode(matrices: Sequence[Coded]) -> list[NDArray[np.uint8]]:
+    """Decode the streams of matrices side by side: small ones have too few lanes to be fast alone.
 
     Returns:
-        The symbols, uint8 `[count]`.
+        The symbols of each matrix, uint8 `[count]`.
 
     Raises:
         ValueError: the words are not those of such codes.
     """
     # Idle lanes stay where they are: one symbol with all slots.
     idle = np.arange(SLOTS, dtype=np.uint64) << np.uint64(32) | np.uint64(SLOTS)
-    moves = np.concatenate([table.moves, idle])
-    dealt = split.deal(chosen.astype(np.int32) << SLOT_BITS, table.moves.size)
-    for first in range(0, split.streams, STREAMS_AT_ONCE):
-        group = slice(first, min(first + STREAMS_AT_ONCE, split.streams))
-        dealt[group] = _decode_group(words, offsets[group.start : group.stop + 1], moves, dealt[group])
-    return table.symbols[dealt.reshape(-1)[: chosen.size]]
+    moves = np.concatenate([*(matrix.table.moves for matrix in matrices), idle])
+    streams, dealt, first = [], [], 0
+    for matrix in matrices:
+        places = (matrix.chosen.astype(np.int32) << SLOT_BITS) + np.int32(first)
+        dealt.append(matrix.split.deal(places, moves.size - SLOTS))
+        edges = zip(matrix.offsets[:-1], matrix.offsets[1:], strict=True)
+        streams += [_Stream(matrix.words[a:b], found) for (a, b), found in zip(edges, dealt[-1], strict=True)]
+        first += matrix.table.moves.size
+    streams.sort(key=lambda stream: -len(stream.places))
+    for start in range(0, len(streams), STREAMS_AT_ONCE):
+        _decode_group(streams[start : start + STREAMS_AT_ONCE], moves)
+    symbols = np.concatenate([matrix.table.symbols for matrix in matrices])
+    return [symbols[places.reshape(-1)[: m.chosen.size]] for places, m in zip(dealt, matrices, strict=True)]
 
 
-def _decode_group(words: NDArray, offsets: NDArray, moves: NDArray, dealt: NDArray) -> NDArray[np.int32]:
-    """Return where in `moves` each code was, like `dealt`, which says where its table starts."""
-    streams, steps, lanes = dealt.shape
-    if np.any(np.diff(offsets) < 2 * lanes):
-        raise ValueError(f"stream {int(np.diff(offsets).argmin())} is shorter than the {lanes} states of its lanes")
-    found = np.ascontiguousarray(dealt.transpose(1, 0, 2)).reshape(steps, -1)
-    state = np.ascontiguousarray(words[offsets[:-1, None] + np.arange(2 * lanes)]).view("<u4").reshape(-1)
-    last = (offsets[:-1, None] + 2 * lanes - 1).astype(np.int64)
+class _Stream(NamedTuple):
+    words: NDArray[np.uint16]
+    places: NDArray[np.int32]
+    """`[steps, lanes]`: where in all slots the table of a code starts; once decoded, where the code was."""
+
+
+def _decode_group(streams: Sequence[_Stream], moves: NDArray[np.uint64]) -> None:
+    """Decode streams side by side, the one with the most steps first; their `places` are replaced."""
+    lanes = np.array([stream.places.shape[1] for stream in streams])
+    if any(stream.words.size < 2 * stream.places.shape[1] for stream in streams):
+        raise ValueError("a stream is shorter than the states of its lanes")
+    edges = np.concatenate([[0], np.cumsum(lanes)])
+    found = np.full((len(streams[0].places), edges[-1]), moves.size - SLOTS, np.int32)
+    for edge, stream in zip(edges, streams, strict=False):
+        found[: len(stream.places), edge : edge + stream.places.shape[1]] = stream.places
+    words = np.concatenate([stream.words for stream in streams])
+    ends = np.cumsum([stream.words.size for stream in streams])
+    state = np.concatenate([s.words[: 2 * s.places.shape[1]].view("<u4") for s in streams]).astype(np.uint32)
+    cursor = _run(words, np.concatenate([[0], ends[:-1]]) + 2 * lanes, moves, found, state, edges)
+    rests = (words[start:end] for start, end in zip(cursor, ends, strict=True))
+    if np.any(state != FIRST_STATE) or np.any(cursor > ends) or any(rest.any() for rest in rests):
+        raise ValueError(f"words of {len(streams)} streams do not end where their codes do")
+    for edge, stream in zip(edges, streams, strict=False):
+        stream.places[:] = found[: len(stream.places), edge : edge + stream.places.shape[1]]
+
+
+def _run(
+    words: NDArray, cursor: NDArray, moves: NDArray, found: NDArray, state: NDArray, edges: NDArray
+) -> NDArray[np.int64]:
+    """Take all steps; `found` `[steps, lanes]` and `state` `[lanes]` change in place. Return where each stream ends."""
     move = np.empty(state.size, np.uint64)
     frequency, inside = move.view(np.uint32)[0::2], move.view(np.uint32)[1::2]
+    ranks, stream_of = np.arange(state.size), np.repeat(np.arange(cursor.size), np.diff(edges))
     for place in found:
         place += (state & np.uint32(SLOTS - 1)).view(np.int32)
         moves.take(place, out=move, mode="clip")
         state >>= np.uint32(SLOT_BITS)
         state *= frequency
         state += inside
-        asks = state < np.uint32(FIRST_STATE)
-        taken = asks.reshape(streams, lanes).cumsum(1)
-        taken += last
-        last = taken[:, -1:]
-        word = words.take(taken.reshape(-1)[asks], mode="clip")
-        state[asks] = (state[asks] << np.uint32(16)) | word
-    cursor = last[:, 0] + 1
-    rest = words[cursor[-1] : offsets[-1]]
-    if np.any(state != FIRST_STATE) or np.any(cursor[:-1] != offsets[1:-1]) or cursor[-1] > offsets[-1] or rest.any():
-        raise ValueError(f"words of {streams} streams do not end where their {dealt.size} codes do")
-    return found.reshape(steps, streams, lanes).transpose(1, 0, 2)
+        asks = (state < np.uint32(FIRST_STATE)).nonzero()[0]
+        bounds = asks.searchsorted(edges)
+        taken = (cursor - bounds[:-1]).take(stream_of.take(asks))
+        taken += ranks[: asks.size]
+        state[asks] = state.take(asks) << np.uint32(16) | words.take(taken, mode="clip")
+        cursor += bounds[1:]
+        cursor -= bounds[:-1]
+    return cursor

@@ -9,10 +9,13 @@ from typing import Any, get_args
 
 from sgpt_lightning.core.hessian import DampStatus
 from sgpt_lightning.core.sizes import Layout
-from sgpt_lightning.core.solution import CompressedLinear, Quantized
+from sgpt_lightning.core.solution import Coded, CompressedLinear, Quantized
+from sgpt_lightning.format.entropy import channel_bits
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.presets import Allocation
-from sgpt_lightning.recipe import MAX_BITS
+
+MOST_BITS = 64
+"""Of a code, entropy-coded ones included."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class LinearReport:
     sparsity: float
     """Fraction removed."""
     mean_bits: float | None
-    """Mean code bits per surviving weight; None if not quantized."""
+    """Mean code bits per surviving weight, where zeros are coded per weight; None if not quantized."""
     bits_histogram: dict[int, int]
-    """Channels per bit width (output channels for the allocation `rows`, else input); empty if not quantized."""
+    """Channels per bit width (output channels for the allocation `rows`, else input), where codes are entropy-coded per
+    bits rounded to whole ones; empty if not quantized."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""
     relative_error: float | None
@@ -39,7 +43,7 @@ class LinearReport:
     bytes: int
     """Bytes stored for the weight: codes, mask, ranges, zero points and widths."""
     layout: str
-    """`dense`, `bitmap` or `pattern`."""
+    """`dense`, `bitmap`, `pattern` or `coded`."""
     allocation: str | None
     """How widths were dealt in the end; `uniform` where one width did better than what was asked for."""
 
@@ -47,6 +51,11 @@ class LinearReport:
     def bits_per_weight(self) -> float:
         """True bits per weight: all bytes stored, over all weights."""
         return 8 * self.bytes / self.weights
+
+    @property
+    def stored_weights(self) -> float:
+        """Weights that have a code or a value of their own: the survivors, and zeros where they are coded."""
+        return self.weights if self.layout == "coded" else self.weights * (1 - self.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -83,7 +92,7 @@ def _is_number(value: Any, low: float = -sys.float_info.max, high: float = sys.f
 
 
 def _is_histogram(value: Any) -> bool:
-    widths = {str(bits) for bits in range(1, MAX_BITS + 1)}
+    widths = {str(bits) for bits in range(MOST_BITS + 1)}
     return isinstance(value, dict) and all(str(key) in widths and _is_whole(value[key], 1) for key in value)
 
 
@@ -95,8 +104,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("text", lambda value: isinstance(value, str)),
     "weights": ("a whole number from 1", lambda value: _is_whole(value, 1)),
     "sparsity": ("a fraction in [0, 1]", lambda value: _is_number(value, 0, 1)),
-    "mean_bits": (f"None or in [0, {MAX_BITS}]", lambda value: value is None or _is_number(value, 0, MAX_BITS)),
-    "bits_histogram": (f"channels per width from 1 to {MAX_BITS}", _is_histogram),
+    "mean_bits": (f"None or in [0, {MOST_BITS}]", lambda value: value is None or _is_number(value, 0, MOST_BITS)),
+    "bits_histogram": (f"channels per width from 0 to {MOST_BITS}", _is_histogram),
     "importance_range": ("two finite numbers, ascending", _is_range),
     "relative_error": ("None or a finite number", lambda value: value is None or _is_number(value)),
     "damp_percent": ("a finite number from 0", lambda value: _is_number(value, 0)),
@@ -122,10 +131,15 @@ class SolvedLinear:
 def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeight) -> LinearReport:
     """Gather the figures of one solved linear."""
     solution, weights = compressed.solution, math.prod(packed.spec.shape)
-    keep = solution.keep
-    kept = weights if keep is None else int(keep.sum())
     mean_bits = None
     histogram: dict[int, int] = {}
+    if isinstance(solution, Coded):
+        kept, per_channel = int((solution.codes != 0).sum()), channel_bits(solution.codes)
+        mean_bits = float(per_channel.mean())
+        histogram = dict(sorted(Counter(per_channel.round().int().tolist()).items()))
+    else:
+        keep = solution.keep
+        kept = weights if keep is None else int(keep.sum())
     if isinstance(solution, Quantized):
         bits, by_rows = solution.widths.long(), solution.grid.axis == "output"
         stored = solution.shape[by_rows] if keep is None else keep.sum(1 if by_rows else 0)

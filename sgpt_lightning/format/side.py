@@ -13,9 +13,11 @@ from sgpt_lightning.format.contexts import LEVELS, LIMIT
 from sgpt_lightning.format.frequencies import ENTRIES, LARGEST, Tables, slots_of
 
 ESCAPE = 2 * LARGEST + 1
-"""The symbol that stands for all that is not in the table; others are their code plus `LARGEST`."""
+"""The symbol that stands for all that is not in the table; others are 0, 1, -1, 2, -2, ... in this order."""
+CODES = np.array([0, *(sign * magnitude for magnitude in range(1, LARGEST + 1) for sign in (1, -1)), 0], np.int32)
+"""The code that each symbol stands for."""
 _HEADER = struct.Struct("<IBBBhBBB")
-_MOST_ESCAPE_BITS = (2 * LIMIT + 1).bit_length()
+_MOST_ESCAPE_BITS = LIMIT.bit_length() + 1
 
 
 class Header(NamedTuple):
@@ -76,11 +78,11 @@ def write_tables(tables: Tables, header: Header) -> bytes:
     return bytes(written)
 
 
-def read_tables(data: bytes, header: Header) -> tuple[NDArray[np.int64], rans.SlotTable]:
+def read_tables(data: bytes, header: Header) -> rans.SlotTable:
     """Read the tables behind the header.
 
     Returns:
-        The largest magnitude of each, int64 `[tables]`, and what a decoder looks up.
+        What a decoder looks up.
 
     Raises:
         ValueError: there are more or fewer bytes than the tables take, or an entry is too large.
@@ -102,12 +104,12 @@ def read_tables(data: bytes, header: Header) -> tuple[NDArray[np.int64], rans.Sl
         raise ValueError(f"the tables take {place} bytes, got {len(data)} bytes")
     kinds_, entries_ = torch.from_numpy(kinds), torch.from_numpy(entries)
     slots = signed(slots_of(entries_, kinds_ % 128, kinds_ >= 128).numpy())
-    return kinds % 128, rans.slot_table(slots)
+    return rans.slot_table(slots)
 
 
 def signed(slots: NDArray) -> NDArray:
     """Turn slots per magnitude and escape, `[tables, LARGEST + 2]`, into slots per symbol, `[tables, ESCAPE + 1]`."""
-    return np.concatenate([slots[:, LARGEST:0:-1], slots], 1)
+    return np.concatenate([slots[:, :1], np.repeat(slots[:, 1:-1], 2, axis=1), slots[:, -1:]], 1)
 
 
 def pack_extra(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -18,12 +18,12 @@ def overall_histogram(linears: Iterable[LinearReport]) -> dict[int, int]:
 def mean_bits(linears: Iterable[LinearReport]) -> float | None:
     """Mean code bits per surviving weight, over the quantized linears; None if there is none or nothing survived."""
     means: list[float] = []
-    survivors: list[float] = []
+    stored: list[float] = []
     for linear in linears:
         if linear.mean_bits is not None:
             means.append(linear.mean_bits)
-            survivors.append(linear.weights * (1 - linear.sparsity))
-    return statistics.fmean(means, weights=survivors) if sum(survivors) else None
+            stored.append(linear.stored_weights)
+    return statistics.fmean(means, weights=stored) if sum(stored) else None
 
 
 def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, details: bool = False) -> str:

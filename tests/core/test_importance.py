@@ -8,7 +8,7 @@ from oracles import correlated_inputs, damped, random_weight
 from sgpt_lightning.core.hessian import inverse_factor
 from sgpt_lightning.core.importance import channel_importance, channel_scores
 from sgpt_lightning.core.moments import InputStatistics
-from sgpt_lightning.recipe import ImportanceWeights
+from sgpt_lightning.presets import ImportanceWeights
 
 ROWS, FEATURES = 10, 16
 NAMES = ["activation", "hessian", "weight", "output", "stability"]

@@ -1,7 +1,9 @@
 """Entropy-coded codes: what comes back, what it costs, and what damage does."""
 
+import contextlib
 import hashlib
 import math
+import tracemalloc
 
 import constriction
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 from entropy_reader import read_codes
 from oracles import generator
 
-from sgpt_lightning.format.entropy import coded_size, decode, encode
+from sgpt_lightning.format.entropy import coded_size, decode, decode_all, encode
 
 LIMIT = 2**24 - 1
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SCALES = {1: 0.3, 2: 0.65, 3: 1.3, 4: 2.6, 6: 10.5}
 """Mean magnitude before rounding, by the bits that codes then take, about."""
 
@@ -97,6 +100,14 @@ def test_a_plain_loop_reads_several_streams():
     assert read_codes(lists(tensors), (256, 1024)) == codes.tolist()
 
 
+def test_matrices_side_by_side_are_what_each_is_alone():
+    matrices = [*CASES.values(), torch.zeros(3, 0, dtype=torch.int32), made((500, 300), 0.4)]
+    decoded = decode_all([(encode(codes), (codes.shape[0], codes.shape[1])) for codes in matrices])
+    assert len(decoded) == len(matrices)
+    assert all(torch.equal(codes, expected) for codes, expected in zip(decoded, matrices, strict=True))
+    assert decode_all([]) == []
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_a_matrix_without_codes_takes_no_bytes(shape):
     codes = torch.zeros(shape, dtype=torch.int32)
@@ -112,11 +123,26 @@ def test_every_level_of_magnitude_is_used_and_comes_back():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_size_is_exact_for_codes_of_any_rate(seed):
+def test_the_size_is_exact_for_codes_of_any_rate_on_any_device(seed):
     g = generator(seed)
     shape = tuple(torch.randint(1, 700, (2,), generator=g).tolist())
     codes = made(shape, 2 ** (6 * torch.rand(1, generator=g).item() - 3), seed)
-    assert coded_size(codes) == nbytes(encode(codes))
+    for device in DEVICES:
+        assert coded_size(codes.to(device)) == nbytes(encode(codes))
+
+
+def sparse(density) -> torch.Tensor:
+    """Codes of one sign among zeros."""
+    g = generator(0)
+    return (torch.rand(1024, 768, generator=g) < density).int() * torch.randint(1, 4, (1024, 768), generator=g).int()
+
+
+@pytest.mark.parametrize("density", [1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0])
+def test_the_size_is_exact_for_codes_of_one_sign_however_few(density):
+    codes = sparse(density)
+    tensors = encode(codes)
+    assert coded_size(codes) == nbytes(tensors)
+    assert torch.equal(decode(tensors, (1024, 768)), codes)
 
 
 def test_a_constant_takes_at_most_a_hundredth_more_than_was_said():
@@ -196,7 +222,7 @@ def test_the_same_codes_give_the_bytes_of_this_version():
     content = hashlib.sha256()
     for name, tensor in sorted(encode(codes).items()):
         content.update(name.encode() + tensor.numpy().tobytes())
-    assert content.hexdigest()[:16] == "8d310ca6a04348d1"
+    assert content.hexdigest()[:16] == "120e79dd6cb1c450"
 
 
 def test_codes_of_another_type_form_or_size_are_refused_by_name():
@@ -260,3 +286,17 @@ def test_damage_is_an_error_or_leads_to_as_many_codes():
             outcomes["decoded"] += 1
     assert outcomes["refused"] > 400, outcomes
     assert outcomes["decoded"] > 0, outcomes
+
+
+def test_no_bit_of_the_header_makes_memory_grow():
+    codes = made((17, 20), 1.3)
+    tensors = encode(codes)
+    tracemalloc.start()
+    for bit in range(12 * 8):
+        tables = tensors["tables"].clone()
+        tables[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(ValueError):
+            decode({**tensors, "tables": tables}, (17, 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6, "bytes; a table takes 36,864 in the decoder, and at least a byte in the file"

@@ -24,8 +24,8 @@ def weight(entry: int) -> int:
 
 def table_of(largest: int, has_escape: bool, entries: list[int]) -> list[tuple[object, int]]:
     """Symbols and their slots, in the order of the slots."""
-    symbols: list[object] = [*range(-largest, largest + 1)]
-    weights = [weight(entries[abs(h)]) if entries else 0 for h in range(-largest, largest + 1)]
+    symbols: list[object] = [0, *(sign * h for h in range(1, largest + 1) for sign in (1, -1))]
+    weights = [weight(entries[abs(h)]) if entries else 0 for h in symbols]
     if has_escape:
         symbols.append("escape")
         weights.append(weight(entries[largest + 1]))
@@ -35,16 +35,16 @@ def table_of(largest: int, has_escape: bool, entries: list[int]) -> list[tuple[o
     for magnitude in range(1, largest + 1):
         if left < 2:
             break
-        slots[largest - magnitude] += 1
-        slots[largest + magnitude] += 1
+        slots[2 * magnitude - 1] += 1
+        slots[2 * magnitude] += 1
         left -= 2
-    slots[largest] += left
+    slots[0] += left
     assert min(slots) > 0
     assert sum(slots) == SLOTS
     return list(zip(symbols, slots, strict=True))
 
 
-def read_tables(data: list[int]) -> tuple[dict[str, int], list[tuple[int, list]]]:
+def read_tables(data: list[int]) -> tuple[dict[str, int], list[list]]:
     header = {
         "lanes": number(data, 0, 4), "lowest": data[4], "highest": data[5], "breadth": data[6],
         "base": number(data, 7, 2, signed=True), "row_bits": data[9], "column_bits": data[10], "escape_bits": data[11],
@@ -53,7 +53,7 @@ def read_tables(data: list[int]) -> tuple[dict[str, int], list[tuple[int, list]]
     for _ in range((header["highest"] - header["lowest"]) // header["breadth"] + 1):
         largest, has_escape = data[place] % 128, data[place] >= 128
         count = largest + 1 + has_escape if data[place] else 0
-        tables.append((largest, table_of(largest, has_escape, data[place + 1 : place + 1 + count])))
+        tables.append(table_of(largest, has_escape, data[place + 1 : place + 1 + count]))
         place += 1 + count
     assert place == len(data)
     return header, tables
@@ -104,17 +104,16 @@ def read_codes(tensors: dict[str, list[int]], shape: tuple[int, int]) -> list[li
     symbols: list[object] = []
     for stream in range(streams):
         part = chosen[stream * steps * lanes : (stream + 1) * steps * lanes]
-        found, used = read_symbols(tensors["stream"][starts[stream] :], lanes, [tables[t][1] for t in part], steps)
+        found, used = read_symbols(tensors["stream"][starts[stream] :], lanes, [tables[t] for t in part], steps)
         symbols += found
-        assert used + starts[stream] == starts[stream + 1] or stream == streams - 1
+        assert used + starts[stream] <= starts[stream + 1]
         assert not any(tensors["stream"][starts[stream] + used : starts[stream + 1]])
     extra, codes = bit_string(tensors.get("extra", [])), []
     for symbol, t in zip(symbols, chosen, strict=True):
         s = max((header["lowest"] + t * header["breadth"]) // 4 - 11, 0)
-        low, extra = extra % 2**s, extra >> s
-        if symbol == "escape":
-            over, extra = extra % 2 ** header["escape_bits"], extra >> header["escape_bits"]
-            symbol = (tables[t][0] + 1 + over // 2) * (-1 if over % 2 else 1)
-        codes.append(symbol * 2**s + low - (2**s >> 1))
+        bits = s + header["escape_bits"] * (symbol == "escape")
+        low, extra = extra % 2**bits, extra >> bits
+        b = low - 2**bits * (2 * low >= 2**bits) if symbol == "escape" else symbol * 2**s + low
+        codes.append(b - (2**s >> 1))
     assert extra == 0
     return [codes[row * columns : (row + 1) * columns] for row in range(rows)]
