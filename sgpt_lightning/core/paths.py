@@ -77,7 +77,7 @@ def _reason_against(device: torch.device) -> str | None:
     """Return what speaks against kernels before one is compiled, or None."""
     try:
         _kernels()
-    except ImportError as missing:
+    except (ImportError, AttributeError) as missing:  # there is none, or one that is too old
         return f"Triton cannot be imported ({missing})"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)

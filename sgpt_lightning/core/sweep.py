@@ -76,13 +76,9 @@ def sweep(
                 tile, done = slice(first, last), errors[first - start : last - start]
                 if quantizer is not None:
                     quantizer.reach(first, weight)
-                n_m = removal.n_m
-                if n_m and not cuts.aligned:
-                    group = slice(first, first + n_m[1])
-                    if first % n_m[1] == 0:
-                        scores = (weight[group] / diagonal[group, None]).square()
-                        drop[group] = lowest_n_of_m(scores, *n_m)
-                    n_m = None
+                if not cuts.aligned and first % cuts.m == 0:
+                    removal.choose_group(weight, diagonal, drop, first)
+                n_m = removal.n_m if cuts.aligned else None
                 removed = None if mask is None else drop[tile]
                 loops.sweep(SweepTile(weight[tile], hinv_chol[tile, tile], done, removed, n_m, quantizer, first))
                 if last < stop:
@@ -112,6 +108,12 @@ class _Removal(NamedTuple):
             # The running total of removals is rounded, not each block's: k of the whole matrix is exact.
             k = round(rule.sparsity * (stop * part)) - round(rule.sparsity * (start * part))
             drop[:, end - part : end] = lowest(scores[:, end - part : end], k)
+
+    def choose_group(self, weight: Tensor, diagonal: Tensor, drop: Tensor, first: int) -> None:
+        """Mark what goes of the N:M group that starts at a column, where a tile may end within the group."""
+        assert self.n_m is not None
+        group = slice(first, first + self.n_m[1])
+        drop[group] = lowest_n_of_m((weight[group] / diagonal[group, None]).square(), *self.n_m)
 
 
 def _removal(mask: Mask, parts: Sequence[int] | None, out_features: int) -> _Removal:

@@ -4,39 +4,33 @@ A program owns a few outputs (rows of the weight) and holds the tile's columns o
 `[COLUMNS, OUTPUTS]`; columns depend on each other, outputs do not. One warp a program and few outputs, so that a small
 matrix fills a GPU. What the errors do to columns behind the tile is a matrix product of the caller's.
 
-What is stored has to be what a reader of the file computes, to the last bit. So divisions are IEEE's, halves round to
-even, and the compiler may not contract a product and a sum (`enable_fp_fusion=False`); the update of the running
-weight, where nobody repeats the sum, asks for the fused operation by name.
+What is stored has to be what a reader of the file computes, to the last bit (`levels.py`): the compiler may not
+contract a product and a sum (`enable_fp_fusion=False`). The update of the running weight, where nobody repeats the sum,
+asks for the fused operation by name.
 
 Offsets into matrices are 64 bits wide. Meant for float32; masks are bytes. Importing this needs Triton.
 """
 
 import subprocess
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgpt_lightning.kernels.levels import Levels, level_kind, level_tables, nearest_of_column
+
 WIDEST_TILE = 128
 """Columns that a program holds: 32 registers of each of its threads where it has 8 outputs."""
 OUTPUTS = 8
 """Outputs of a program."""
-FAILURES = (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError)
-"""What a launch may raise where a GPU, a driver or the machine's C compiler is not what Triton needs."""
-_KINDS = ("zero-point", "offset", "zero-free", "integer")
-
-
-class Levels(NamedTuple):
-    """The levels of a tile's columns; tables are float32 `[tables, out_features]`, or `[tables, 1]` for all outputs."""
-
-    kind: str
-    step: Tensor
-    base: Tensor
-    top: Tensor
-    rows: Tensor
-    """The row of the tables that a column takes, int64 `[columns]`."""
+FAILURES = (
+    *(triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError),
+    *(AssertionError, AttributeError, KeyError, TypeError),
+)
+"""What a launch may raise where a GPU, a driver or the machine's C compiler is not what Triton needs, or where Triton
+has changed since this was written."""
 
 
 def sweep_tile(
@@ -70,11 +64,11 @@ def sweep_tile(
         factor,
         errors,
         weight if drop is None else drop.view(torch.uint8),
-        *_tables(levels, weight),
+        *level_tables(levels, weight),
         columns,
         outputs,
         *factor.stride(),
-        KIND=_kind(levels),
+        KIND=level_kind(levels),
         MASKED=drop is not None,
         N=n,
         M=m,
@@ -108,11 +102,11 @@ def descend_tile(
         hessian,
         moves,
         weight if drop is None else drop.view(torch.uint8),
-        *_tables(levels, weight),
+        *level_tables(levels, weight),
         columns,
         outputs,
         *hessian.stride(),
-        KIND=_kind(levels),
+        KIND=level_kind(levels),
         MASKED=drop is not None,
         **_options(columns),
     )
@@ -122,18 +116,6 @@ def _check_contiguous(**matrices: Tensor | None) -> None:
     for name, matrix in matrices.items():
         if matrix is not None and not matrix.is_contiguous():
             raise ValueError(f"{name} of a tile is not contiguous: strides {matrix.stride()}")
-
-
-def _kind(levels: Levels | None) -> int:
-    return 0 if levels is None else 1 + _KINDS.index(levels.kind)
-
-
-def _tables(levels: Levels | None, weight: Tensor) -> list[Any]:
-    """Return the tables and their strides, as the kernels take them."""
-    if levels is None:
-        return [weight, weight, weight, weight, 0, 0, 0, 0, 0, 0]
-    tables = [table.expand(-1, weight.shape[1]) for table in (levels.step, levels.base, levels.top)]
-    return [*tables, levels.rows, *(stride for table in tables for stride in table.stride())]
 
 
 def _options(columns: int) -> dict[str, Any]:
@@ -146,55 +128,6 @@ def _column(tile, column, i):
     """Column i of a tile: its bits added to zeros, so that -0 stays -0."""
     bits = tile.to(tl.int32, bitcast=True)
     return tl.sum(tl.where((column == i)[:, None], bits, 0), axis=0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rounded(x):
-    """Nearest whole number, halves to even: from 2^23 on there are no others, below it an addition rounds so."""
-    size = tl.abs(x)
-    size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
-    return _with_sign(size, x)
-
-
-@triton.jit
-def _with_sign(size, x):
-    bits = (size.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -0x80000000)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _clamped(steps, top):
-    return tl.minimum(tl.maximum(steps, 0.0), top)
-
-
-@triton.jit
-def _nearest(x, step, base, top, KIND: tl.constexpr):
-    """Nearest level, by the operations of `grids.Scale.nearest` in their order."""
-    if KIND == 1:
-        level = (_clamped(_rounded(tl.div_rn(x, step)) + base, top) - base) * step
-    elif KIND == 2:
-        level = _clamped(_rounded(tl.div_rn(x - base, step)), top) * step + base
-    elif KIND == 3:
-        level = _with_sign(_clamped(_rounded(tl.div_rn(tl.abs(x) - base, step)), top) * step + base, x)
-    else:
-        level = _rounded(tl.div_rn(x, step)) * step
-    return level
-
-
-@triton.jit
-def _nearest_of_column(
-    x, i, output, inside,
-    step, base, top, index, step_table, step_output, base_table, base_output, top_table, top_output,
-    KIND: tl.constexpr,
-):  # fmt: skip
-    """Nearest levels of column i, whose row of the tables is read first."""
-    table = tl.load(index + i).to(tl.int64)
-    unit = tl.load(step + table * step_table + output * step_output, mask=inside, other=1.0)
-    first, last = unit, unit
-    if KIND != 4:
-        first = tl.load(base + table * base_table + output * base_output, mask=inside, other=0.0)
-        last = tl.load(top + table * top_table + output * top_output, mask=inside, other=0.0)
-    return _nearest(x, unit, first, last, KIND)
 
 
 @triton.jit
@@ -213,7 +146,7 @@ def _lowest(tile, pivots, column, i, N: tl.constexpr, M: tl.constexpr, COLUMNS: 
     return marks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _sweep(
     weight, factor, errors, drop,
     step, base, top, index, step_table, step_output, base_table, base_output, top_table, top_output,
@@ -241,7 +174,7 @@ def _sweep(
         x = _column(tile, column, i)
         level = x
         if KIND > 0:
-            level = _nearest_of_column(
+            level = nearest_of_column(
                 x, i, output, inside, step, base, top, index, step_table, step_output, base_table, base_output,
                 top_table, top_output, KIND,
             )  # fmt: skip
@@ -261,7 +194,7 @@ def _sweep(
         corner += factor_row + factor_column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _descent(
     weight, pull, hessian, moves, drop,
     step, base, top, index, step_table, step_output, base_table, base_output, top_table, top_output,
@@ -281,7 +214,7 @@ def _descent(
         pivot = tl.load(corner)
         before = tl.load(weight + at, mask=inside, other=0.0)
         x = before + _column(tile, column, i) * tl.div_rn(1.0, pivot)
-        level = _nearest_of_column(
+        level = nearest_of_column(
             x, i, output, inside, step, base, top, index, step_table, step_output, base_table, base_output,
             top_table, top_output, KIND,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """The kernels in Triton's interpreter against the loops in plain torch, and what the compiler makes of them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.ranges import search_grid
 from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.core.sweep import Swept, sweep
-from sgpt_lightning.kernels import columns as kernels
 
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+kernels = importlib.import_module("sgpt_lightning.kernels.columns")
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS, BLOCK = 11, 20, 8
 KINDS = ["zero-point", "offset", "zero-free", "integer"]
@@ -218,6 +221,18 @@ def test_halves_go_to_the_even_multiple_however_far_out_and_zero_keeps_its_sign(
     assert interpreted
 
 
+@pytest.mark.parametrize("kind", [*KINDS, None])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
+def test_a_number_that_is_none_is_not_rounded_away(interpreted, kind):
+    problem = Problem()
+    problem.weight[3, 1] = float("nan")
+    swept, expected = (f(problem, None, problem.scales(kind)).weight for f in (Problem.swept, in_torch))
+    assert torch.equal(swept.isnan(), expected.isnan())
+    assert swept[:, 1].isnan().sum() > 1  # and the columns behind it heard of it
+    assert not swept[:, :1].isnan().any()
+    assert interpreted
+
+
 # ----- what the compiler makes of them -----
 
 COMPILE = """
@@ -236,24 +251,28 @@ for name in ("_sweep", "_descent"):
         signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
         options = {key: value for key, value in kernels._options(64).items() if key not in fixed}
         source = ASTSource(kernel, signature=signature, constexprs=constants)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        count = lambda pattern: len(re.findall(pattern, ptx))
-        print(count("fma"), count("div.rn.f32"), count("div.(full|approx)|ftz|rcp"))
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+        count = lambda pattern, stage="ptx": len(re.findall(pattern, made[stage]))
+        print(count("fma"), count("div.rn.f32"), count("div.(full|approx)|ftz|rcp|(min|max).f32"))
+        print(count("addptr.*, tensor<[^>]*i64>", "ttir"), count("addptr.*, tensor<[^>]*i32>", "ttir"))
 """
 
 
-def test_compiled_for_a_gpu_only_the_update_is_fused_and_divisions_are_exact(tmp_path):
+def test_compiled_for_a_gpu_only_the_update_is_fused_divisions_are_exact_offsets_have_64_bits(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = [sys.executable, "-c", COMPILE]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(counts) == 8
-    for fused, divided, inexact in counts:
+    assert len(counts) == 16
+    for fused, divided, inexact in counts[::2]:
         assert fused == 64 * 8 / 32  # each of a warp's 32 threads updates its share of the tile
         assert divided > 0
-        assert inexact == 0
+        assert inexact == 0  # no division of another kind, and no clamp that makes a number of NaN
+    for long, short in counts[1::2]:
+        assert long > 0
+        assert short == 0
 
 
 # ----- where kernels cannot be used -----
