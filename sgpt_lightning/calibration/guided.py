@@ -23,6 +23,7 @@ class GuidedCalibration:
         recipe: Recipe,
         plans: Plans,
         then: Callable[[Plans], Calibration],
+        tf32: bool = False,
     ) -> None:
         linears = plans.linears()
         self._model = model
@@ -32,7 +33,7 @@ class GuidedCalibration:
         self._next = then(plans)
         self._count = BatchCount()
         self._gradients = OutputGradients(model, linears)
-        self._collector = InputCollector(linears if recipe.scope == "model" else {})
+        self._collector = InputCollector(linears if recipe.scope == "model" else {}, tf32)
         self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:

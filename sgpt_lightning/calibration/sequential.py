@@ -37,12 +37,13 @@ class SequentialCalibration:
     Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
     """
 
-    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype, tf32: bool = False) -> None:
         self._model = model
         self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
         self.plans = plans
         self._storage_dtype = storage_dtype
+        self._tf32 = tf32
         self._inputs: list[PrologueOutput] = []
         self._count = BatchCount()
         self._real: list[Tensor | None] = []
@@ -80,7 +81,7 @@ class SequentialCalibration:
         solved: dict[str, SolvedLinear] = {}
         for position, group in enumerate(self._groups):
             if position:
-                self._collector = InputCollector(group)
+                self._collector = InputCollector(group, self._tf32)
                 for batch_index in range(len(self._inputs)):
                     self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
                 self._collector.check()
@@ -100,7 +101,7 @@ class SequentialCalibration:
             with watched_inputs(linears) as inputs:
                 self._replay.run(epoch, hidden, calls[epoch])
             self._groups = input_groups(inputs, linears)
-        self._collector = InputCollector(self._groups[0] if self._groups else {})
+        self._collector = InputCollector(self._groups[0] if self._groups else {}, self._tf32)
         if self._follows_dense:
             block, (hidden, calls) = self._decoder.blocks[epoch], self._inputs[0]
             self._dense_block = copy.deepcopy(block)
