@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_a_mask_without_holes_stays_on_the_host_and_one_with_padding_travels(mod
     assert set(module.on_before_batch_transfer({"input_ids": ids, "attention_mask": whole}, 0)) == {"input_ids"}
     sent = module.on_before_batch_transfer({"input_ids": ids, "attention_mask": padded}, 0)
     assert torch.equal(sent["attention_mask"], padded)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_pinned_for_a_gpu_only(device, pinned, module):
+    module.setup("fit")
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
+    assert [loader.pin_memory for loader in (module.train_dataloader(), *module.val_dataloader())] == [pinned, pinned]
 
 
 def test_fit_loads_both_and_the_loaders_hold_the_windows(module):
