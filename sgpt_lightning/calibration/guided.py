@@ -34,7 +34,11 @@ class GuidedCalibration:
         self._count = BatchCount()
         self._gradients = OutputGradients(model, linears)
         self._collector = InputCollector(linears if recipe.scope == "model" else {}, tf32)
-        self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The gradients, at the end of which nothing is solved, and the stages of the calibration that follows."""
+        return [Stage("gradients of the dense model", 0), *self._next.stages]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""

@@ -25,7 +25,7 @@ class OneShotCalibration:
         self._model = model
         self.plans = plans
         self._storage_dtype = storage_dtype
-        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks))]
+        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks), (tuple(plans.linears()),))]
         self._collector = InputCollector(plans.linears(), tf32)
 
     @torch.no_grad()

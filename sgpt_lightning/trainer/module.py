@@ -5,7 +5,7 @@ without it `global_step` would stay 0 and checkpoints, loggers and resumed runs 
 network is frozen; it changes only when the callback writes solved weights into it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
+from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
@@ -52,8 +53,10 @@ class CausalLMModule(LightningModule):
 
     network: nn.Module | None
     """The transformers model; loaded when the Trainer asks for it."""
-    epoch_titles: Sequence[str]
-    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch is about, for progress bars."""
+    stages: Mapping[int, Stage]
+    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch of the Trainer is about."""
+    measured_state: str
+    """Which state of the model was measured last, or is being measured; set by `SparseGPTCallback`, else empty."""
     measured: dict[str, Measured]
     """What the last validation found, by the names of the data sets."""
     sent: Any
@@ -94,7 +97,8 @@ class CausalLMModule(LightningModule):
         self.seq_len = checked_seq_len(seq_len, config, path)
         self.storage_dtype = _storage_dtype(config)
         self.tokenizer: Any = None
-        self.epoch_titles = ()
+        self.stages = {}
+        self.measured_state = ""
         self.measured = {}
         self.sent = None
         self.clock = nn.Parameter(torch.zeros(()))
@@ -136,7 +140,7 @@ class CausalLMModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Raise RuntimeError if there is no callback to calibrate for; callbacks have had their turn by now."""
-        if not self.epoch_titles:
+        if not self.stages:
             raise RuntimeError("CausalLMModule does not train: give the Trainer callbacks=[SparseGPTCallback(...)]")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
