@@ -101,6 +101,7 @@ class CausalLMModule(LightningModule):
         self.measured_state = ""
         self.measured = {}
         self.sent = None
+        self._checked: set[tuple[int, int]] = set()
         self.clock = nn.Parameter(torch.zeros(()))
         self.perplexities = nn.ModuleList()
 
@@ -128,7 +129,7 @@ class CausalLMModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Begin a run: each evaluation batch is checked once in it."""
-        self._checked: set[tuple[int, int]] = set()
+        self._checked.clear()
 
     def as_loaded(self, batch: Any) -> Any:
         """Return the batch that a step was given as `TextDataModule` sent it, to look at without waiting for a GPU.
