@@ -34,7 +34,7 @@ from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.core import rounding
 from sgpt_lightning.core.grids import fit_affine_grid, quantize_matrix
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import CompressedLinear, Quantized
 from sgpt_lightning.evaluation.evaluate import evaluate
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
@@ -189,19 +189,11 @@ def _round_all(model: nn.Module, bits: int) -> dict[str, SolvedLinear]:
         weight = weight_matrix(linear).float()
         widths = torch.full((weight.shape[1],), bits, dtype=torch.uint8, device=weight.device)
         grid = fit_affine_grid(weight, bits)
+        solution = Quantized(quantize_matrix(weight, widths, grid), widths, grid)
         compressed = CompressedLinear(
-            codes=quantize_matrix(weight, widths, grid),
-            values=None,
-            keep=None,
-            widths=widths,
-            grid=grid,
-            n_m=None,
-            relative_error=None,
-            importance_range=(0.0, 0.0),
-            damp_percent=0.0,
-            status="ok",
+            solution, relative_error=None, importance_range=(0.0, 0.0), damp_percent=0.0, status="ok"
         )
-        packed = pack_weight(compressed)
+        packed = pack_weight(solution)
         set_weight_matrix(linear, unpack_weight(packed))
         solved[name] = SolvedLinear(packed.to("cpu"), describe_linear(name, compressed, packed))
     return solved

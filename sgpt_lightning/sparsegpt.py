@@ -191,7 +191,7 @@ class SparseGPT:
 
     def _accept(self, compressed: CompressedLinear, dense: Tensor) -> None:
         """Write what `dense` was solved to into the layer, and report it; nothing is changed if it cannot be held."""
-        report = describe_linear(self.layer_name, compressed, pack_weight(compressed))
+        report = describe_linear(self.layer_name, compressed, pack_weight(compressed.solution))
         kept = dense.clone() if self._dense is None else self._dense
         set_weight_matrix(self.layer, compressed.weight(), self._name)
         self._dense, self.compressed = kept, compressed

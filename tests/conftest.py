@@ -1,5 +1,10 @@
 """Fixtures that more than one test file needs. References that share no code with the package are in `oracles.py`."""
 
+import os
+
+# Triton's kernels are interpreted on CPU tensors. Triton asks for this when it is first imported, as transformers does.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

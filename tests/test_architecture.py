@@ -15,11 +15,12 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "guards", "suggest", "presets", "recipe", "core", "format", "models", "checkpoint", "text", "evaluation",
+    "guards", "suggest", "presets", "recipe", "kernels", "core", "format", "models", "checkpoint", "text", "evaluation",
     "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
+    ("kernels", {"lightning", "transformers", "datasets", "sgpt_lightning"}),
     ("core", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "safetensors"}),
     ("format", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "sgpt_lightning.core.solver"}),
     ("models", {"lightning", "safetensors"}),
@@ -84,6 +85,23 @@ def test_only_the_trainer_imports_lightning_and_only_its_command_line_jsonargpar
 
     assert {room(module) for module in importers("lightning")} == {"trainer"}
     assert importers("jsonargparse", "lightning.pytorch.cli") == {"trainer.cli"}
+
+
+def test_only_kernels_import_triton_and_kernels_are_not_imported_before_they_are_used():
+    importers = {m for m in MODULES for full in imported(m) if full.split(".")[0] == "triton"}
+    assert {room(module) for module in importers} == {"kernels"}
+    assert {m for m in MODULES for full in imported(m) if full.startswith("sgpt_lightning.kernels")} == {"core.paths"}
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from sgpt_lightning.core.paths import loop_path
+from sgpt_lightning.core.sweep import sweep
+assert torch.equal(sweep(torch.ones(4, 3), torch.eye(4), None, None, 2).weight, torch.ones(4, 3))
+print(loop_path(torch.device("cpu")), "sgpt_lightning.kernels.columns" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["torch", "False"]
 
 
 def test_no_module_is_longer_than_a_reader_holds():

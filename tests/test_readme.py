@@ -81,11 +81,17 @@ def test_every_row_of_the_readmes_table_is_a_row_of_the_benchmark():
     assert methods == ["dense", *script("benchmark_quality")["ROWS"]]
 
 
-def test_the_solver_benchmark_runs_and_both_solve_the_same_problem(two_blocks, capsys):
-    options = ["--model", str(two_blocks), "--samples", "2", "--repeats", "1", "--no-fail", "--device", "cpu"]
-    script("benchmark_solver")["main"](options)
-    lines = capsys.readouterr().out.splitlines()
-    errors = [float(line.split("|")[3]) for line in lines if line.startswith(("| paper", "| ours"))]
-    assert len(errors) == 2
+def test_the_solver_benchmark_runs_and_both_solve_the_same_problem(two_blocks, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    options = ["--model", str(two_blocks), "--windows", "2", "--repeats", "1", "--no-fail", "--device", "cpu"]
+    script("benchmark_solver")["main"]([*options, "--shapes", "24x40", "32x32"])
+    printed = capsys.readouterr().out
+    columns = [line.split("|") for line in printed.splitlines() if line.startswith(("| published", "| ours"))]
+    solves = [float(cells[3]) for cells in columns[:6]]
     # Same algorithm in float32; masks and codes differ on near ties only.
-    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert solves[1::2] == pytest.approx(solves[::2], rel=0.02)
+    assert [float(share) for share in re.findall(r"equal codes: (.*)%", printed)] == pytest.approx([100] * 3, abs=2)
+    assert [cells[1].strip() for cells in columns[6:]] == ["published", "ours, sparsegpt", "ours, best"]
+    assert re.findall(r"^. (\w[\w ]*\w) +. +[\d.]+ .$", printed, re.MULTILINE) == [
+        "forward", "moments", "factor", "sweep", "rest of the solve", "pack",
+    ]  # fmt: skip

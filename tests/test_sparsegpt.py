@@ -163,13 +163,14 @@ def test_a_target_gives_mixed_widths_that_meet_it(configure, method, target):
     solver.add_batch(inputs)
     solver.fasterprune(0.5, target_avg_bits=target, bit_allocation_method=method)
     compressed = solver.compressed
-    survivors = compressed.keep.sum(0)
-    mean = float((survivors * compressed.widths).sum() / survivors.sum())
+    survivors = compressed.solution.keep.sum(0)
+    mean = float((survivors * compressed.solution.widths).sum() / survivors.sum())
     target = target or 4.0
-    assert len(set(compressed.widths.tolist())) > 1
+    assert len(set(compressed.solution.widths.tolist())) > 1
     assert target - 0.06 < mean <= target + 1e-6  # one step of two bits in one of 64 channels is 0.03
     assert solver.report.mean_bits == pytest.approx(mean, rel=1e-6)  # fp32 quotient
-    assert max(len(column.unique()) for column in matrix(layer)) <= sum(2**b for b in set(compressed.widths.tolist()))
+    levels = sum(2**bits for bits in set(compressed.solution.widths.tolist()))
+    assert max(len(column.unique()) for column in matrix(layer)) <= levels
 
 
 def test_the_method_that_deals_the_widths_is_the_one_asked_for():
@@ -180,7 +181,7 @@ def test_the_method_that_deals_the_widths_is_the_one_asked_for():
         solver.quantizer = Quantizer()
         solver.add_batch(inputs)
         solver.fasterprune(0.5, target_avg_bits=4, bit_allocation_method=method)
-        widths[method] = tuple(solver.compressed.widths.tolist())
+        widths[method] = tuple(solver.compressed.solution.widths.tolist())
     assert set(widths["uniform"]) == {4}
     assert len(set(widths.values())) == 3
 
@@ -189,6 +190,6 @@ def test_the_method_that_deals_the_widths_is_the_one_asked_for():
 def test_a_configured_width_without_target_is_used_for_every_channel(bits):
     layer, inputs = make_layer("Linear")
     solver = script(layer, inputs, bits)
-    assert solver.compressed.widths.tolist() == [bits] * 64
+    assert solver.compressed.solution.widths.tolist() == [bits] * 64
     assert solver.report.mean_bits == bits
     assert max(len(row.unique()) for row in matrix(layer)) <= 2**bits

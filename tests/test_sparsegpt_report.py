@@ -92,9 +92,9 @@ def test_the_reported_importance_runs_from_the_least_to_the_most_important_chann
 @pytest.mark.parametrize("settings", [{}, {"target_avg_bits": 3.2}, {"target_avg_bits": 5, "sparsity": 0}], ids=str)
 def test_the_report_counts_what_is_in_the_layer(settings):
     solver = solver_for(correlated_inputs(200, 40), bits=4, **settings)
-    report, keep = solver.report, solver.compressed.keep
+    report, keep = solver.report, solver.compressed.solution.keep
     survivors = torch.ones(12, 40) if keep is None else keep.float()
-    widths = solver.compressed.widths.float()
+    widths = solver.compressed.solution.widths.float()
     assert report.weights == 480
     assert report.sparsity == pytest.approx(1 - float(survivors.mean()), rel=1e-6)  # float32 quotient
     assert report.mean_bits == pytest.approx(float((survivors * widths).sum() / survivors.sum()), rel=1e-6)  # the same

@@ -1,7 +1,8 @@
 """Solve linears with the statistics of their inputs, and write what will be stored back into the model."""
 
+import itertools
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -9,10 +10,12 @@ from torch import nn
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.core.problem import SharedInput
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solver import LinearToSolve, compress_linears
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix, weight_matrix
+from sgpt_lightning.recipe import Recipe
 
 
 def solve_linears(
@@ -25,26 +28,39 @@ def solve_linears(
 
     Biases that take over a mean error are rounded to `storage_dtype`; they are stored with the rest of the model.
     """
-    solved, inputs = {}, None
-    for name, linear in linears.items():
-        seen = collector.statistics(name)
+    solved: dict[str, SolvedLinear] = {}
+    inputs: SharedInput | None = None
+    for names in _solved_together(linears, collector, plans):
+        seen = collector.statistics(names[0])
         if inputs is None or inputs.statistics is not seen:  # linears that share an input stand beside each other
             inputs = SharedInput(seen)
-        compressed = compress_linear(
-            weight_matrix(linear),
-            inputs,
-            plans.recipes[name],
-            name,
-            storage_dtype,
-            has_bias=getattr(linear, "bias", None) is not None,
-            row_weights=plans.row_weights.get(name),
-        )
-        packed = pack_weight(compressed)
-        set_weight_matrix(linear, unpack_weight(packed), name)
-        if compressed.bias_shift is not None:
-            add_to_bias(linear, compressed.bias_shift, storage_dtype, name)
-        solved[name] = SolvedLinear(packed.to("cpu"), describe_linear(name, compressed, packed))
+        matrices = [LinearToSolve(weight_matrix(linears[n]), n, plans.row_weights.get(n)) for n in names]
+        recipe, has_bias = plans.recipes[names[0]], _has_bias(linears[names[0]])
+        compressed = compress_linears(matrices, inputs, recipe, storage_dtype, has_bias=has_bias)
+        for name, result in zip(names, compressed, strict=True):
+            solved[name] = _write_back(linears[name], name, result, storage_dtype)
     return solved
+
+
+def _solved_together(linears: Mapping[str, nn.Module], collector: InputCollector, plans: Plans) -> Iterator[list[str]]:
+    """Yield the names of linears that stand beside each other, share an input, and are to be solved alike."""
+
+    def alike(name: str) -> tuple[int, bool, Recipe]:
+        return id(collector.statistics(name)), _has_bias(linears[name]), plans.recipes[name]
+
+    return (list(names) for _, names in itertools.groupby(linears, alike))
+
+
+def _has_bias(linear: nn.Module) -> bool:
+    return getattr(linear, "bias", None) is not None
+
+
+def _write_back(linear: nn.Module, name: str, compressed: CompressedLinear, storage_dtype: torch.dtype) -> SolvedLinear:
+    packed = pack_weight(compressed.solution)
+    set_weight_matrix(linear, unpack_weight(packed), name)
+    if compressed.bias_shift is not None:
+        add_to_bias(linear, compressed.bias_shift, storage_dtype, name)
+    return SolvedLinear(packed.to("cpu"), describe_linear(name, compressed, packed))
 
 
 def mean_error(solved: Iterable[SolvedLinear]) -> float:

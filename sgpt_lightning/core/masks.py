@@ -16,10 +16,23 @@ from torch import Tensor
 
 def lowest(scores: Tensor, k: int) -> Tensor:
     """Mark the k lowest of all scores (any shape); ties go to the earlier position. Returns bool, same shape."""
+    if scores.is_cuda:
+        return lowest_by_value(scores, k)
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     if k > 0:
         chosen[torch.argsort(scores.reshape(-1), stable=True)[:k]] = True
     return chosen.view(scores.shape)
+
+
+def lowest_by_value(scores: Tensor, k: int) -> Tensor:
+    """Mark what `lowest` marks, by the k-th value and a count of its ties: quicker on a GPU, slower on a CPU."""
+    if k <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.reshape(-1)
+    last = flat.sort().values[k - 1]
+    below, ties = flat < last, flat == last
+    counted = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
+    return (below | (ties & (counted <= k - below.sum()))).view(scores.shape)
 
 
 def lowest_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
@@ -33,7 +46,7 @@ def lowest_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     Returns:
         bool `[in_features, out_features]`.
     """
-    grouped = scores.reshape(-1, m, scores.shape[-1])
+    grouped = scores.reshape(len(scores) // m, m, scores.shape[-1])
     order = torch.argsort(grouped, dim=1, stable=True)
     chosen = torch.zeros_like(grouped, dtype=torch.bool)
     return chosen.scatter_(1, order[:, :n], True).view(scores.shape)

@@ -1,6 +1,6 @@
 """The last stages of a solve: a width for each channel, a grid for each row, the sweep that rounds, and the descent."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,40 +8,42 @@ from torch import Tensor
 from sgpt_lightning.core.allocation import allocate_budget, allocate_quantile
 from sgpt_lightning.core.budget import grid_kind, mean_code_bits, widest_width, width_axis
 from sgpt_lightning.core.grids import Grid, WidthAxis, dequantize_matrix, fit_affine_grid, quantize_matrix
-from sgpt_lightning.core.linear import LinearProblem, Start, sweep_columns
+from sgpt_lightning.core.linear import LinearProblem, Rounded, Start, descend_columns, sweep_columns
 from sgpt_lightning.core.objective import Objective
 from sgpt_lightning.core.ranges import refit_grid, search_grid
-from sgpt_lightning.core.sweep import ColumnScales, descend
+from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.recipe import Recipe
 
 
-class Rounded(NamedTuple):
-    """Codes in the making."""
+def round_survivors(problems: Sequence[LinearProblem], starts: Sequence[Start]) -> list[Rounded]:
+    """Deal widths and round; where widths are mixed, try one width for all as well and keep the better.
 
-    stored: Tensor
-    """The weights that the codes stand for, float32 `[out_features, in_features]`."""
-    widths: Tensor
-    grid: Grid
-    drop: Tensor | None
-
-
-def round_survivors(problem: LinearProblem, start: Start) -> Rounded:
-    """Deal widths and round; where widths are mixed, try one width for all as well and keep the better."""
-    recipe = problem.recipe
-    uniform = None
+    Args:
+        problems: linears that share an input and a recipe.
+        starts: where each of them starts from.
+    """
+    recipe = problems[0].recipe
+    uniform: list[Rounded] | None = None
     if recipe.allocation in ("uniform", "rows") or recipe.uniform_if_better:
-        uniform = round_to(
-            problem, start, same_width(start, widest_width(recipe, problem.shape, problem.name)), "input"
-        )
+        widest = [widest_width(recipe, problem.shape, problem.name) for problem in problems]
+        widths = [same_width(start, bits) for start, bits in zip(starts, widest, strict=True)]
+        uniform = round_to(problems, starts, widths, "input")
     if recipe.allocation == "uniform":
         assert uniform is not None
-        return _descend(problem, uniform)
-    mixed = round_to(problem, start, _deal_widths(problem, start, uniform), width_axis(recipe))
+        return descend_together(problems, uniform)
+    widths = [
+        _deal_widths(problem, start, uniform[index] if uniform is not None else None)
+        for index, (problem, start) in enumerate(zip(problems, starts, strict=True))
+    ]
+    rounded = round_to(problems, starts, widths, width_axis(recipe))
     if uniform is not None and recipe.uniform_if_better:
-        costs = [float(problem.row_costs(rounded.stored).sum()) for rounded in (uniform, mixed)]
-        if costs[0] <= costs[1]:
-            return _descend(problem, uniform)
-    return _descend(problem, mixed)
+        rounded = list(map(_better, problems, uniform, rounded))
+    return descend_together(problems, rounded)
+
+
+def _better(problem: LinearProblem, uniform: Rounded, mixed: Rounded) -> Rounded:
+    costs = [float(problem.row_costs(rounded.stored).sum()) for rounded in (uniform, mixed)]
+    return uniform if costs[0] <= costs[1] else mixed
 
 
 def same_width(start: Start, bits: int) -> Tensor:
@@ -80,51 +82,64 @@ def _sensitivity(objective: Objective, survivors: Tensor) -> Tensor:
     return (squared / objective.input.factor.inverse_diagonal.double()).sqrt()
 
 
-def round_to(problem: LinearProblem, start: Start, widths: Tensor, axis: WidthAxis) -> Rounded:
-    """Fit grids for the given widths and sweep."""
-    recipe, columns = problem.recipe, problem.columns
-    parts, kind = recipe.solve_parts, grid_kind(recipe)
+def round_to(
+    problems: Sequence[LinearProblem], starts: Sequence[Start], widths: Sequence[Tensor], axis: WidthAxis
+) -> list[Rounded]:
+    """Fit grids for the given widths, one tensor of them per linear, and sweep."""
+    recipe, columns = problems[0].recipe, problems[0].columns
+    refit_groups = grid_kind(recipe) == "zero-point" and recipe.group_size is not None
+    refit_groups = refit_groups and not recipe.solve_parts.act_order
+    scales = [
+        ColumnScales(_fit_grid(*linear, axis), linear[2], linear[0].shape[1], columns.order, refit_groups)
+        for linear in zip(problems, starts, widths, strict=True)
+    ]
+    swept = sweep_columns(columns, starts, scales, recipe.block_size)
+    return [
+        Rounded(
+            columns.put_back(result.weight),
+            used,
+            scale.grid,
+            columns.put_back(result.drop) if recipe.prunes else None,
+        )
+        for result, used, scale in zip(swept, widths, scales, strict=True)
+    ]
+
+
+def _fit_grid(problem: LinearProblem, start: Start, widths: Tensor, axis: WidthAxis) -> Grid:
+    """Fit the grid that the sweep begins with."""
+    recipe, kind = problem.recipe, grid_kind(problem.recipe)
     if kind == "zero-point":
-        grid = fit_affine_grid(start.survivors, int(widths.max()), recipe.group_size)._replace(axis=axis)
-    else:
-        diagonal = problem.objective.input.damped.diagonal()
-        grid = search_grid(
-            kind,
-            start.survivors,
-            diagonal,
-            widths,
-            axis=axis,
-            group_size=recipe.group_size,
-            search=parts.range_search,
-        )
-    refit_groups = kind == "zero-point" and recipe.group_size is not None and not parts.act_order
-    quantizer = ColumnScales(grid, widths, start.weight.shape[1], columns.order, refit_groups)
-    swept = sweep_columns(columns, start, quantizer, recipe.block_size)
-    drop = columns.put_back(swept.drop) if recipe.prunes else None
-    return Rounded(columns.put_back(swept.weight), widths, quantizer.grid, drop)
+        return fit_affine_grid(start.survivors, int(widths.max()), recipe.group_size)._replace(axis=axis)
+    return search_grid(
+        kind,
+        start.survivors,
+        problem.objective.input.damped.diagonal(),
+        widths,
+        axis=axis,
+        group_size=recipe.group_size,
+        search=recipe.solve_parts.range_search,
+    )
 
 
-def _descend(problem: LinearProblem, rounded: Rounded) -> Rounded:
+def descend_together(problems: Sequence[LinearProblem], rounded: Sequence[Rounded]) -> list[Rounded]:
     """Improve codes and ranges in turn."""
-    recipe, columns, objective = problem.recipe, problem.columns, problem.objective
-    stored, widths, grid, drop = rounded
-    damped = objective.input.damped
-    for _ in range(recipe.solve_parts.descent_passes):
-        descended = descend(
-            columns.take(stored),
-            columns.take(objective.target),
-            columns.permuted(damped),
-            None if drop is None else columns.take(drop),
-            ColumnScales(grid, widths, stored.shape[1], columns.order),
-            recipe.block_size,
-        )
-        codes = quantize_matrix(columns.put_back(descended), widths, grid)
-        if grid.kind != "zero-point":
-            grid = refit_grid(grid, codes, widths, None if drop is None else ~drop, objective.target, damped)
-        stored = dequantize_matrix(codes, widths, grid)
-        if drop is not None:
-            stored.masked_fill_(drop, 0)
-    return Rounded(stored, widths, grid, drop)
+    parts = problems[0].recipe.solve_parts
+    results = list(rounded)
+    for _ in range(parts.descent_passes):
+        descended = descend_columns(problems, results)
+        results = list(map(_refitted, problems, results, descended))
+    return results
+
+
+def _refitted(problem: LinearProblem, rounded: Rounded, descended: Tensor) -> Rounded:
+    """Refit the ranges to new codes; `descended` are the weights that these stand for."""
+    _, widths, grid, drop = rounded
+    codes = quantize_matrix(descended, widths, grid)
+    if grid.kind != "zero-point":
+        keep = None if drop is None else ~drop
+        grid = refit_grid(grid, codes, widths, keep, problem.objective.target, problem.objective.input.damped)
+    stored = dequantize_matrix(codes, widths, grid)
+    return Rounded(stored if drop is None else stored.masked_fill_(drop, 0), widths, grid, drop)
 
 
 def allocation_used(recipe: Recipe, widths: Tensor) -> str:

@@ -12,21 +12,61 @@ class SolveError(ValueError):
 
 
 @dataclass(frozen=True)
-class CompressedLinear:
-    """What is left of one weight matrix, exactly as it will be stored, and how well it does."""
+class Pruned:
+    """A matrix whose survivors are values."""
 
-    codes: Tensor | None
-    """uint8 `[out_features, in_features]`; where a weight is removed, that of zero or 0. None if not quantized."""
-    values: Tensor | None
-    """The weights in the storage dtype, `[out_features, in_features]`, if not quantized."""
-    keep: Tensor | None
+    values: Tensor
+    """The weights in the storage dtype, zero where removed, `[out_features, in_features]`."""
+    keep: Tensor | None = None
     """True where a weight survives, bool `[out_features, in_features]`. None if nothing was removed."""
-    widths: Tensor | None
-    """Bits per input channel, or per output channel where `grid.axis` says so, uint8. None if not quantized."""
-    grid: Grid | None
-    """Spans and origins of the rows. None if not quantized."""
-    n_m: tuple[int, int] | None
+    n_m: tuple[int, int] | None = None
     """(N, M) if every M consecutive inputs hold N zeros."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.values.shape[0], self.values.shape[1])
+
+    def weight(self) -> Tensor:
+        """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
+        return self.values.float()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix whose survivors are codes."""
+
+    codes: Tensor
+    """uint8 `[out_features, in_features]`; where a weight is removed, that of zero or 0."""
+    widths: Tensor
+    """Bits per input channel, or per output channel where `grid.axis` says so, uint8."""
+    grid: Grid
+    """Spans and origins of the rows."""
+    keep: Tensor | None = None
+    """True where a weight survives, bool `[out_features, in_features]`. None if nothing was removed."""
+    n_m: tuple[int, int] | None = None
+    """(N, M) if every M consecutive inputs hold N zeros."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def weight(self) -> Tensor:
+        """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
+        weight = dequantize_matrix(self.codes, self.widths, self.grid)
+        return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)
+
+
+Solution = Pruned | Quantized
+"""What is stored of a matrix."""
+
+
+@dataclass(frozen=True)
+class CompressedLinear:
+    """One solved linear: what is stored, and how well it does."""
+
+    solution: Solution
     relative_error: float | None
     """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output."""
     importance_range: tuple[float, float]
@@ -42,10 +82,4 @@ class CompressedLinear:
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
-        if self.codes is None:
-            assert self.values is not None
-            return self.values.float()
-        assert self.widths is not None
-        assert self.grid is not None
-        weight = dequantize_matrix(self.codes, self.widths, self.grid)
-        return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)
+        return self.solution.weight()

@@ -1,4 +1,4 @@
-"""One linear: mask, widths and codes in one solve.
+"""Linears that share an input: mask, widths and codes in one solve.
 
 The order of things, where a part that the recipe switches off is left out (`Parts`):
 
@@ -15,6 +15,7 @@ groups, or a refit) a sweep that only prunes chooses it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,15 +28,24 @@ from sgpt_lightning.core.linear import LinearProblem, Start, relative_weights, s
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.problem import SharedInput
-from sgpt_lightning.core.pruning import choose_mask
+from sgpt_lightning.core.pruning import choose_masks
 from sgpt_lightning.core.rounding import allocation_used, round_survivors, round_to, same_width
-from sgpt_lightning.core.solution import CompressedLinear, SolveError
+from sgpt_lightning.core.solution import CompressedLinear, Pruned, Quantized, Solution, SolveError
 from sgpt_lightning.guards import exact_float32
 from sgpt_lightning.recipe import Recipe
 
 
-@torch.no_grad()
-@exact_float32()
+class LinearToSolve(NamedTuple):
+    """One weight matrix, and what is known of the linear that it belongs to."""
+
+    weight: Tensor
+    """`[out_features, in_features]`, any floating dtype, on the device where the solve is to run."""
+    name: str = ""
+    """The linear, for error messages."""
+    row_weights: Tensor | None = None
+    """What a unit of squared output error costs the model's loss, `[out_features]`; equal if None."""
+
+
 def compress_linear(
     weight: Tensor,
     inputs: InputStatistics | SharedInput,
@@ -46,82 +56,109 @@ def compress_linear(
     has_bias: bool = False,
     row_weights: Tensor | None = None,
 ) -> CompressedLinear:
-    """Prune and quantize one weight matrix against the inputs it was seen to receive.
+    """Prune and quantize one weight matrix; arguments and errors as `compress_linears`, fields as `LinearToSolve`."""
+    linear = LinearToSolve(weight, name, row_weights)
+    return compress_linears([linear], inputs, recipe, storage_dtype, has_bias=has_bias)[0]
+
+
+@torch.no_grad()
+@exact_float32()
+def compress_linears(
+    linears: Sequence[LinearToSolve],
+    inputs: InputStatistics | SharedInput,
+    recipe: Recipe,
+    storage_dtype: torch.dtype = torch.float16,
+    *,
+    has_bias: bool = False,
+) -> list[CompressedLinear]:
+    """Prune and quantize weight matrices against the input that all of them were seen to receive.
+
+    Each is solved as it would be alone; the column loops run once, over all of them side by side.
 
     Args:
-        weight: `[out_features, in_features]`, any floating dtype, on the device where the solve is to run.
-        inputs: moments of the input, on the same device; shared where other linears receive it too.
-        recipe: settings, already resolved for this linear.
-        name: the linear, for error messages.
+        linears: the matrices, one at least.
+        inputs: moments of the input, on the device of the weights; shared where other linears receive it too.
+        recipe: settings, already resolved for these linears.
         storage_dtype: dtype of the survivors when they are not quantized.
-        has_bias: whether the linear has a bias that may take over the mean of the error.
-        row_weights: what a unit of squared output error costs the model's loss, `[out_features]`; equal if None.
+        has_bias: whether the linears have biases that may take over the mean of the error.
+
+    Returns:
+        One result per linear, in order.
 
     Raises:
-        ValueError: the linear saw no token, in_features is not divisible by M of an N:M pattern, or the budget is
-            below what mask, ranges and the narrowest width take.
+        ValueError: the linears saw no token, in_features is not divisible by M of an N:M pattern, the budget is below
+            what mask, ranges and the narrowest width take, or weights and moments are on different devices.
         HessianError: the Hessian cannot be inverted.
-        SolveError: the weight holds NaN or inf, or what would be stored does.
+        SolveError: a weight holds NaN or inf, or what would be stored does.
     """
-    check_pattern(recipe, weight.shape[1], name)
-    _check_weight(weight, name)
+    for linear in linears:
+        _check_linear(linear, inputs, recipe)
+    problems = [_make_problem(linear, inputs, recipe, has_bias=has_bias) for linear in linears]
+    shared, columns = problems[0].objective.input, problems[0].columns
+    starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
+    solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
+    return list(map(_judged, problems, solutions))
+
+
+def _make_problem(
+    linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe, *, has_bias: bool
+) -> LinearProblem:
+    weight, name, row_weights = linear
+    parts = recipe.solve_parts
     objective = make_objective(
-        weight.float(), inputs, recipe.solve_parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
+        weight.float(), inputs, parts, has_bias=has_bias, damp_percent=recipe.damp_percent, name=name
     )
     shared = objective.input
     importance = channel_importance(
         objective.target, shared.statistics, shared.factor.inverse_diagonal, recipe.importance
     )
-    columns = shared.act_ordered if recipe.solve_parts.act_order else shared.natural
-    problem = LinearProblem(objective, columns, recipe, importance, relative_weights(row_weights, weight), name)
-    start = choose_mask(problem, shared.natural if recipe.n_m else columns)
-    result = _rounded(problem, start) if recipe.quantizes else _pruned(problem, start, storage_dtype)
-    stored, name = result.weight(), name or "the linear"
-    if not bool(torch.isfinite(stored).all()):
-        raise SolveError(
-            f"{name} would be stored with NaN or inf: its weights, up to {float(weight.abs().max()):.3g}, overflow "
-            f"{storage_dtype}; store in bfloat16 or float32"
+    columns = shared.act_ordered if parts.act_order else shared.natural
+    return LinearProblem(objective, columns, recipe, importance, relative_weights(row_weights, weight), name)
+
+
+def _quantized(problems: Sequence[LinearProblem], starts: Sequence[Start]) -> list[Solution]:
+    """Round what the masks leave, or choose the masks on the way."""
+    n_m = problems[0].recipe.n_m
+    return [
+        Quantized(quantize_matrix(stored, widths, grid), widths, grid, None if drop is None else ~drop, n_m)
+        for stored, widths, grid, drop in round_survivors(problems, starts)
+    ]
+
+
+def _pruned(problems: Sequence[LinearProblem], starts: Sequence[Start], storage_dtype: torch.dtype) -> list[Solution]:
+    """Prune without rounding."""
+    columns, recipe = problems[0].columns, problems[0].recipe
+    swept = sweep_columns(columns, starts, None, recipe.block_size)
+    return [
+        Pruned(
+            columns.put_back(result.weight).to(storage_dtype),
+            ~columns.put_back(result.drop) if recipe.prunes else None,
+            recipe.n_m,
         )
+        for result in swept
+    ]
+
+
+def _judged(problem: LinearProblem, solution: Solution) -> CompressedLinear:
+    """Measure a solution, and refuse one that is no number."""
+    objective, name, stored = problem.objective, problem.name or "the linear", solution.weight()
     error = objective.relative_error(stored)
     if not math.isfinite(error):
+        if isinstance(solution, Pruned) and not bool(torch.isfinite(stored).all()):
+            raise SolveError(
+                f"{name} would be stored with NaN or inf: its weights, up to {float(objective.weight.abs().max()):.3g},"
+                f" overflow {solution.values.dtype}; store in bfloat16 or float32"
+            )
         raise SolveError(f"the relative error of {name} is {error}: it cannot be told how good the result is")
-    return replace(result, relative_error=error, bias_shift=objective.bias_shift(stored))
-
-
-def _rounded(problem: LinearProblem, start: Start) -> CompressedLinear:
-    """Round what the mask leaves, or choose the mask on the way, and return it as codes."""
-    solved = round_survivors(problem, start)
-    return replace(
-        _nothing_yet(problem, solved.drop),
-        codes=quantize_matrix(solved.stored, solved.widths, solved.grid),
-        widths=solved.widths,
-        grid=solved.grid,
-        allocation=allocation_used(problem.recipe, solved.widths),
-    )
-
-
-def _pruned(problem: LinearProblem, start: Start, storage_dtype: torch.dtype) -> CompressedLinear:
-    """Prune without rounding, and return the survivors as values."""
-    columns = problem.columns
-    swept = sweep_columns(columns, start, None, problem.recipe.block_size)
-    drop = columns.put_back(swept.drop) if problem.recipe.prunes else None
-    return replace(_nothing_yet(problem, drop), values=columns.put_back(swept.weight).to(storage_dtype))
-
-
-def _nothing_yet(problem: LinearProblem, drop: Tensor | None) -> CompressedLinear:
-    """Return the result as far as it does not depend on whether survivors are codes or values."""
-    own, ordered = problem.objective.input.factor, problem.columns.factor
+    own, ordered = objective.input.factor, problem.columns.factor
     return CompressedLinear(
-        codes=None,
-        values=None,
-        keep=None if drop is None else ~drop,
-        widths=None,
-        grid=None,
-        n_m=problem.recipe.n_m,
-        relative_error=None,
+        solution,
+        error,
         importance_range=(float(problem.importance.min()), float(problem.importance.max())),
         damp_percent=ordered.damp_percent,
         status=own.status if ordered.status == "ok" else ordered.status,
+        bias_shift=objective.bias_shift(stored),
+        allocation=allocation_used(problem.recipe, solution.widths) if isinstance(solution, Quantized) else None,
     )
 
 
@@ -147,24 +184,29 @@ def try_width(
     name: str = "",
 ) -> Trial:
     """Solve as far as is needed to know the errors that a mask and one width make; arguments as `compress_linear`."""
-    _check_weight(weight, name)
+    _check_linear(LinearToSolve(weight, name), inputs, recipe)
     parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
     objective = make_objective(weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damp_percent)
     shared = objective.input
     columns = shared.act_ordered if parts.act_order else shared.natural
     importance = torch.ones(weight.shape[1], device=weight.device)
     problem = LinearProblem(objective, columns, recipe, importance, row_weights.float(), name)
-    start = choose_mask(problem, shared.natural if recipe.n_m else columns)
-    rounded = round_to(problem, start, same_width(start, bits), "input")
+    (start,) = choose_masks([problem], shared.natural if recipe.n_m else columns)
+    (rounded,) = round_to([problem], [start], [same_width(start, bits)], "input")
     keep = torch.ones_like(rounded.stored) if rounded.drop is None else ~rounded.drop
     pruning = problem.row_costs(start.survivors)
     return Trial(pruning, problem.row_costs(rounded.stored) - pruning, keep.sum(1, dtype=torch.float64))
 
 
-def _check_weight(weight: Tensor, name: str) -> None:
+def _check_linear(linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe) -> None:
+    weight, name = linear.weight, linear.name or "the linear"
+    check_pattern(recipe, weight.shape[1], linear.name)
+    seen_on = SharedInput.of(inputs).statistics.second_moment.device
+    if weight.device != seen_on:
+        raise ValueError(f"the weight of {name} is on {weight.device}, what it received on {seen_on}: move one of them")
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise SolveError(f"the weight of {name or 'the linear'} holds {bad} NaN or inf of {weight.numel()} entries")
+        raise SolveError(f"the weight of {name} holds {bad} NaN or inf of {weight.numel()} entries")
 
 
 def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:

@@ -1,82 +1,29 @@
-"""The two column loops: the sweep that prunes and quantizes, and the descent that looks at the codes once more.
+"""The column sweep that prunes and quantizes.
 
-The sweep is that of SparseGPT (arXiv 2301.00774, algorithm 1) and GPTQ (arXiv 2210.17323, algorithm 1): each column is
+It is that of SparseGPT (arXiv 2301.00774, algorithm 1) and GPTQ (arXiv 2210.17323, algorithm 1): each column is
 rounded to what will be stored, and its error is fed forward to the columns that are still free through the Cholesky
 factor of the inverse Hessian. Pruning only, quantizing only and both are the same loop; what differs is whether a
 column loses weights and whether the rest of it is rounded to a grid.
 
-The descent takes one code at a time, all others fixed, to the level nearest to the minimum of the true objective. The
-objective is quadratic, so that level is the best one, and no step can raise the error.
-
 Matrices are held transposed, `[in_features, out_features]`, so that a column is contiguous. No step of the loops reads
-a tensor's value back to Python.
+a tensor's value back to Python. Here is what lies between the tiles of columns; the loop over the columns of a tile is
+in `tiles.py`.
 """
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.grids import Grid, Scale, fit_affine_grid
 from sgpt_lightning.core.masks import MaskRule, lowest, lowest_n_of_m
+from sgpt_lightning.core.paths import TileLoops, with_loops
+from sgpt_lightning.core.scales import ColumnScales
+from sgpt_lightning.core.tiles import SweepTile
 
-
-class ColumnScales:
-    """A grid laid out for column loops: the scale of each column without reading values back.
-
-    Args:
-        grid: spans and origins.
-        widths: bits per column, uint8 `[in_features]`, in the matrix's own order, or per row, uint8 `[out_features]`,
-            as `grid.axis` says.
-        in_features: columns of the matrix.
-        order: the order in which the loop takes the columns; None for their own.
-        refit_groups: fit each group's `zero-point` grid anew from the running weight when the loop reaches it, as
-            GPTQ does.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        widths: Tensor,
-        in_features: int,
-        order: Tensor | None = None,
-        refit_groups: bool = False,
-    ) -> None:
-        self.grid = grid
-        self.refit_size = grid.group_size if refit_groups else None
-        segments = grid.segments(widths, in_features)
-        if grid.axis == "output":
-            self._bits = [0] * in_features
-            self._tables = {0: _transposed(grid.at_rows(widths))}
-        else:
-            self._bits = (widths if order is None else widths[order]).tolist()
-            self._tables = {bits: _transposed(grid.at(bits)) for bits in sorted(set(self._bits))}
-        self._segments: list[int] = (segments if order is None else segments[order]).tolist()
-
-    def scale(self, column: int) -> Scale:
-        """Return the scale of one column of the loop, `[out_features]`."""
-        table, segment = self._tables[self._bits[column]], self._segments[column]
-        return table._replace(step=table.step[segment], base=table.base[segment])
-
-    def reach(self, column: int, weight: Tensor) -> None:
-        """Refit the group that starts at a column; `weight` is the running one, inputs first."""
-        size = self.refit_size
-        if size is None or column % size:
-            return
-        index = column // size
-        fitted = fit_affine_grid(weight[column : column + size].T.contiguous(), self.grid.max_bits)
-        dtype = self.grid.span.dtype
-        self.grid.span[:, index] = fitted.span[:, 0].to(dtype)
-        self.grid.origin[:, index] = fitted.origin[:, 0]
-        for bits, table in self._tables.items():
-            scale = self.grid.at(bits, slice(index, index + 1))
-            table.step[index], table.base[index] = scale.step[:, 0], scale.base[:, 0]
-
-
-def _transposed(scale: Scale) -> Scale:
-    top = scale.top if isinstance(scale.top, int) else scale.top[:, 0].contiguous()
-    return scale._replace(top=top, step=scale.step.T.contiguous(), base=scale.base.T.contiguous())
+Mask = MaskRule | Sequence[MaskRule] | Tensor | None
 
 
 class Swept(NamedTuple):
@@ -89,89 +36,125 @@ class Swept(NamedTuple):
 def sweep(
     weight_t: Tensor,
     hinv_chol: Tensor,
-    mask: MaskRule | Tensor | None,
+    mask: Mask,
     quantizer: ColumnScales | None,
     block_size: int,
+    parts: Sequence[int] | None = None,
 ) -> Swept:
     """Solve the columns in order, `[in_features, out_features]` in and out; see the module's docstring.
 
     Args:
-        weight_t: float32 weights, inputs first.
-        hinv_chol: upper triangular factor of the inverse Hessian, `[in_features, in_features]`.
-        mask: what to remove: given (bool, True where removed), a rule, or nothing.
+        weight_t: weights, inputs first; any floating dtype, solved in float32.
+        hinv_chol: upper triangular factor of the inverse Hessian, float32 `[in_features, in_features]`.
+        mask: what to remove: given (bool, True where removed), a rule, one rule for each of `parts`, or nothing.
         quantizer: grids of the columns, in the loop's order, or None to leave survivors unrounded.
         block_size: columns per block; rounded to whole N:M groups and whole groups that are fitted on the way, so that
             all of a group has seen the same errors.
+        parts: out_features of each matrix, where several that share an input lie side by side; each of them is solved
+            as if it were alone.
+
+    Raises:
+        ValueError: `parts` do not add up to out_features, rules are not as many as parts, or they mix N:M patterns.
     """
-    weight = weight_t.clone(memory_format=torch.contiguous_format)
-    columns = weight.shape[0]
-    drop = mask.clone() if isinstance(mask, Tensor) else torch.zeros_like(weight, dtype=torch.bool)
-    n_m = mask.n_m if isinstance(mask, MaskRule) else None
-    whole = math.lcm(n_m[1] if n_m else 1, (quantizer.refit_size if quantizer else None) or 1)
-    block_size = max(block_size - block_size % whole, whole)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block, factor = weight[start:stop], hinv_chol[start:stop, start:stop]
-        diagonal = factor.diagonal()
-        if isinstance(mask, MaskRule) and not n_m:
+    removal = _removal(mask, parts, weight_t.shape[1])
+    cuts = _Cuts(removal.n_m[1] if removal.n_m else 1, quantizer.refit_size if quantizer else None)
+    size = cuts.whole_blocks(block_size)
+    diagonal = hinv_chol.diagonal()
+
+    def sweep_with(loops: TileLoops) -> Swept:
+        weight = weight_t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        drop = torch.zeros_like(weight, dtype=torch.bool)
+        if isinstance(mask, Tensor):
+            drop.copy_(mask)
+        for start in range(0, len(weight), size):
+            stop = min(start + size, len(weight))
+            if removal.rules and not removal.n_m:
+                scores = (weight[start:stop] / diagonal[start:stop, None]).square()
+                removal.choose(scores, drop[start:stop], start)
+            errors = torch.empty_like(weight[start:stop])
+            for first, last in cuts.tiles(start, stop, loops.widest):
+                tile, done = slice(first, last), errors[first - start : last - start]
+                if quantizer is not None:
+                    quantizer.reach(first, weight)
+                n_m = removal.n_m
+                if n_m and not cuts.aligned:
+                    group = slice(first, first + n_m[1])
+                    if first % n_m[1] == 0:
+                        scores = (weight[group] / diagonal[group, None]).square()
+                        drop[group] = lowest_n_of_m(scores, *n_m)
+                    n_m = None
+                removed = None if mask is None else drop[tile]
+                loops.sweep(SweepTile(weight[tile], hinv_chol[tile, tile], done, removed, n_m, quantizer, first))
+                if last < stop:
+                    weight[last:stop].addmm_(hinv_chol[tile, last:stop].T, done, alpha=-1)
+            weight[stop:].addmm_(hinv_chol[start:stop, stop:].T, errors, alpha=-1)
+        return Swept(weight, drop)
+
+    return with_loops(weight_t.device, sweep_with)
+
+
+class _Removal(NamedTuple):
+    """What a sweep is to choose, for each of the matrices that lie side by side."""
+
+    rules: list[MaskRule]
+    """One for each matrix; empty where the mask is given, or nothing goes."""
+    parts: list[int]
+    """out_features of each matrix."""
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        return self.rules[0].n_m if self.rules else None
+
+    def choose(self, scores: Tensor, drop: Tensor, start: int) -> None:
+        """Mark what goes of a block of columns by a rule that is not N:M."""
+        stop, ends = start + len(scores), itertools.accumulate(self.parts)
+        for rule, part, end in zip(self.rules, self.parts, ends, strict=True):
             # The running total of removals is rounded, not each block's: k of the whole matrix is exact.
-            size = weight.shape[1]
-            k = round(mask.sparsity * (stop * size)) - round(mask.sparsity * (start * size))
-            drop[start:stop] = lowest((block / diagonal[:, None]).square(), k)
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            if n_m and i % n_m[1] == 0:
-                group = slice(i, i + n_m[1])
-                drop[start:stop][group] = lowest_n_of_m((block[group] / diagonal[group, None]).square(), *n_m)
-            stored = block[i]
-            if quantizer is not None:
-                quantizer.reach(start + i, weight)
-                stored = quantizer.scale(start + i).nearest(stored)
-            if mask is not None:
-                stored = stored.masked_fill(drop[start + i], 0)
-            torch.div(block[i] - stored, diagonal[i], out=errors[i])
-            block[i] = stored
-            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        weight[stop:].addmm_(hinv_chol[start:stop, stop:].T, errors, alpha=-1)
-    return Swept(weight, drop)
+            k = round(rule.sparsity * (stop * part)) - round(rule.sparsity * (start * part))
+            drop[:, end - part : end] = lowest(scores[:, end - part : end], k)
 
 
-def descend(
-    stored_t: Tensor,
-    target_t: Tensor,
-    hessian: Tensor,
-    drop: Tensor | None,
-    quantizer: ColumnScales,
-    block_size: int,
-) -> Tensor:
-    """Take every code once to its best level, the others fixed; all matrices inputs first.
+def _removal(mask: Mask, parts: Sequence[int] | None, out_features: int) -> _Removal:
+    """Check masks and parts, and return them with a rule for each part."""
+    sizes = [out_features] if parts is None else list(parts)
+    if sum(sizes) != out_features:
+        raise ValueError(f"parts {sizes} add up to {sum(sizes)}, but the weight has {out_features} out_features")
+    if mask is None or isinstance(mask, Tensor):
+        return _Removal([], sizes)
+    rules = [mask] * len(sizes) if isinstance(mask, MaskRule) else list(mask)
+    if len(rules) != len(sizes):
+        raise ValueError(f"{len(sizes)} matrices are swept as one, but there are {len(rules)} rules")
+    if len({rule.n_m for rule in rules}) > 1:
+        raise ValueError(f"matrices that are swept as one have one pattern, but the rules are {rules}")
+    return _Removal(rules, sizes)
 
-    Args:
-        stored_t: the weights that the present codes stand for, float32 `[in_features, out_features]`.
-        target_t: T of the objective tr((T - Q) H (T - Q)'), same shape.
-        hessian: H, damped, `[in_features, in_features]`, columns in the loop's order.
-        drop: True where a weight is removed, same shape as `stored_t`; None if nothing is.
-        quantizer: grids of the columns, in the loop's order.
-        block_size: columns per block.
 
-    Returns:
-        The weights that the new codes stand for, `[in_features, out_features]`.
-    """
-    weight = stored_t.clone(memory_format=torch.contiguous_format)
-    pull = hessian @ (target_t - weight)  # minus half the gradient
-    diagonal = hessian.diagonal()
-    for start in range(0, len(weight), block_size):
-        stop = min(start + block_size, len(weight))
-        moves = torch.empty_like(weight[start:stop])
-        block, inside = pull[start:stop], hessian[start:stop, start:stop]
-        wanted = weight[start:stop]
-        inverse = 1 / diagonal[start:stop]
-        for i in range(stop - start):
-            value = quantizer.scale(start + i).nearest(torch.addcmul(wanted[i], block[i], inverse[i]))
-            if drop is not None:
-                value.masked_fill_(drop[start + i], 0)
-            torch.sub(value, wanted[i], out=moves[i])
-            wanted[i] = value
-            block[i + 1 :].addr_(inside[i, i + 1 :], moves[i], alpha=-1)
-        pull[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
-    return weight
+class _Cuts(NamedTuple):
+    """Where columns may be cut into blocks and tiles."""
+
+    m: int
+    """Columns of an N:M group; 1 where there are none."""
+    group: int | None
+    """Columns of a group whose grid is fitted when the loop reaches it, or None."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether N:M groups end where tiles do, so that the loop over a tile can choose."""
+        return self.group is None or self.group % self.m == 0
+
+    def whole_blocks(self, block_size: int) -> int:
+        """Return the columns of a block: whole groups of both kinds, as near below `block_size` as there are."""
+        whole = math.lcm(self.m, self.group or 1)
+        return max(block_size - block_size % whole, whole)
+
+    def tiles(self, start: int, stop: int, widest: int | None) -> Iterator[tuple[int, int]]:
+        """Cut a block where a group is fitted, where N:M groups need it, and into tiles that a loop can hold."""
+        edges = {start, stop}
+        if self.group:
+            edges |= set(range(start, stop, self.group))
+        if not self.aligned:
+            edges |= set(range(start, stop, self.m))
+        width = max((widest or stop - start) // self.m * self.m, self.m)
+        for first, last in itertools.pairwise(sorted(edges)):
+            for begin in range(first, last, width):
+                yield begin, min(begin + width, last)

@@ -38,44 +38,40 @@ from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid, dequantize_matrix
 from sgpt_lightning.core.sizes import Layout, code_bits, index_bits, smallest_layout
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import Pruned, Quantized, Solution
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes, origin_name
 
 
-def pack_weight(compressed: CompressedLinear) -> PackedWeight:
+def pack_weight(solution: Solution) -> PackedWeight:
     """Pack a solved matrix in its cheapest layout."""
-    widths = compressed.widths
-    used = None if widths is None else tuple(sorted(set(widths.tolist())))
-    out_features, in_features = (compressed.codes if compressed.values is None else compressed.values).shape  # type: ignore[union-attr]
-    layout = cheapest_layout(compressed)
-    spec = WeightSpec(
-        (out_features, in_features),
-        layout,
-        used,
-        compressed.n_m if layout == "pattern" else None,
-        None if compressed.grid is None else compressed.grid.kind,
-        None if compressed.grid is None else compressed.grid.group_size,
-        "input" if compressed.grid is None else compressed.grid.axis,
-    )
-    keep = None if layout == "dense" else compressed.keep
-    tensors = {}
-    if compressed.codes is None:
-        assert compressed.values is not None
-        tensors["weight_values"] = compressed.values if keep is None else compressed.values[keep]
+    layout = cheapest_layout(solution)
+    n_m = solution.n_m if layout == "pattern" else None
+    keep = None if layout == "dense" else solution.keep
+    if isinstance(solution, Pruned):
+        spec = WeightSpec(solution.shape, layout, None, n_m)
+        tensors = {"weight_values": solution.values if keep is None else solution.values[keep]}
     else:
-        assert widths is not None
-        assert used is not None
-        assert compressed.grid is not None
-        tensors["weight_codes"] = _pack_runs(compressed.codes, keep, widths, spec)
-        tensors["weight_range"] = compressed.grid.span
-        tensors[origin_name(spec)] = compressed.grid.origin
-        if len(used) > 1:
-            positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
-            tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), index_bits(len(used)))
+        grid, used = solution.grid, tuple(sorted(set(solution.widths.tolist())))
+        spec = WeightSpec(solution.shape, layout, used, n_m, grid.kind, grid.group_size, grid.axis)
+        tensors = _quantized_tensors(solution, keep, spec)
     if keep is not None:
         tensors["weight_mask"] = _pack_mask(keep, spec)
     return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def _quantized_tensors(solution: Quantized, keep: Tensor | None, spec: WeightSpec) -> dict[str, Tensor]:
+    widths, used = solution.widths, spec.widths
+    assert used is not None
+    tensors = {
+        "weight_codes": _pack_runs(solution.codes, keep, widths, spec),
+        "weight_range": solution.grid.span,
+        origin_name(spec): solution.grid.origin,
+    }
+    if len(used) > 1:
+        positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
+        tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), index_bits(len(used)))
+    return tensors
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
@@ -104,24 +100,21 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     return weight if keep is None else weight.masked_fill_(~keep, 0)
 
 
-def cheapest_layout(compressed: CompressedLinear) -> Layout:
+def cheapest_layout(solution: Solution) -> Layout:
     """Price the layouts that can hold the matrix and return the cheapest."""
-    if compressed.keep is None:
+    keep, shape = solution.keep, solution.shape
+    if keep is None:
         return "dense"
-    keep = compressed.keep
-    shape = (keep.shape[0], keep.shape[1])
-    if compressed.widths is None:
-        assert compressed.values is not None
-        dense, masked = (8 * compressed.values.element_size() * int(n) for n in (keep.numel(), keep.sum()))
-        return smallest_layout(dense, masked, shape, compressed.n_m)[0]
-    assert compressed.grid is not None
-    widths, by_rows = compressed.widths.cpu(), compressed.grid.axis == "output"
+    if isinstance(solution, Pruned):
+        dense, masked = (8 * solution.values.element_size() * int(n) for n in (keep.numel(), keep.sum()))
+        return smallest_layout(dense, masked, shape, solution.n_m)[0]
+    widths, by_rows = solution.widths.cpu(), solution.grid.axis == "output"
     kept = keep.sum(1 if by_rows else 0).cpu()
     used = {bits: widths == bits for bits in torch.unique(widths).tolist()}
     dense = code_bits({bits: shape[by_rows] * int(channels.sum()) for bits, channels in used.items()})
     masked = code_bits({bits: int(kept[channels].sum()) for bits, channels in used.items()})
-    zero_is_a_code = compressed.grid.kind == "zero-point"
-    return smallest_layout(dense, masked, shape, compressed.n_m, zero_is_a_code=zero_is_a_code)[0]
+    zero_is_a_code = solution.grid.kind == "zero-point"
+    return smallest_layout(dense, masked, shape, solution.n_m, zero_is_a_code=zero_is_a_code)[0]
 
 
 def _pack_runs(codes: Tensor, keep: Tensor | None, widths: Tensor, spec: WeightSpec) -> Tensor:

@@ -1,16 +1,15 @@
 """One compressed linear as a record: how it went, in typed fields, to and from JSON."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-import torch
-
 from sgpt_lightning.core.hessian import DampStatus
 from sgpt_lightning.core.sizes import Layout
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import CompressedLinear, Quantized
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.presets import Allocation
 from sgpt_lightning.recipe import MAX_BITS
@@ -122,20 +121,20 @@ class SolvedLinear:
 
 def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeight) -> LinearReport:
     """Gather the figures of one solved linear."""
-    shape = packed.spec.shape
-    keep = torch.ones(shape, dtype=torch.bool) if compressed.keep is None else compressed.keep.cpu()
-    kept = int(keep.sum())
+    solution, weights = compressed.solution, math.prod(packed.spec.shape)
+    keep = solution.keep
+    kept = weights if keep is None else int(keep.sum())
     mean_bits = None
     histogram: dict[int, int] = {}
-    if compressed.widths is not None:
-        bits = compressed.widths.cpu().long()
-        spent = int((bits * keep.sum(1 if packed.spec.width_axis == "output" else 0)).sum())
-        mean_bits = spent / max(kept, 1)
+    if isinstance(solution, Quantized):
+        bits, by_rows = solution.widths.long(), solution.grid.axis == "output"
+        stored = solution.shape[by_rows] if keep is None else keep.sum(1 if by_rows else 0)
+        mean_bits = int((bits * stored).sum()) / max(kept, 1)
         histogram = dict(sorted(Counter(bits.tolist()).items()))
     return LinearReport(
         name=name,
-        weights=keep.numel(),
-        sparsity=1 - kept / keep.numel(),
+        weights=weights,
+        sparsity=1 - kept / weights,
         mean_bits=mean_bits,
         bits_histogram=histogram,
         importance_range=compressed.importance_range,

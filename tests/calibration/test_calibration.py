@@ -16,7 +16,7 @@ from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import calibration_for
 from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.core.moments import InputStatistics
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solver import compress_linear, compress_linears
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
@@ -33,11 +33,11 @@ def solves(monkeypatch) -> dict[str, InputStatistics]:
     """Records which statistics each linear is solved with."""
     seen: dict[str, InputStatistics] = {}
 
-    def spy(weight, inputs, recipe, name, storage_dtype, **rest):
-        seen[name] = inputs.statistics
-        return compress_linear(weight, inputs, recipe, name, storage_dtype, **rest)
+    def spy(linears, inputs, recipe, storage_dtype, **rest):
+        seen.update(dict.fromkeys((linear.name for linear in linears), inputs.statistics))
+        return compress_linears(linears, inputs, recipe, storage_dtype, **rest)
 
-    monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linear", spy)
+    monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linears", spy)
     return seen
 
 

@@ -13,7 +13,7 @@ import sgpt_lightning.calibration.sequential
 import sgpt_lightning.calibration.solving
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import calibration_for
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solver import compress_linears
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.recipe import Recipe
 
@@ -31,11 +31,11 @@ def solves(monkeypatch) -> list:
     """Records, in order: name, statistics, and the model's state when the solve begins."""
     seen: list = []
 
-    def spy(weight, inputs, recipe, name, storage_dtype, **rest):
-        seen.append((name, inputs.statistics, rest))
-        return compress_linear(weight, inputs, recipe, name, storage_dtype, **rest)
+    def spy(linears, inputs, recipe, storage_dtype, **rest):
+        seen.extend((linear.name, inputs.statistics, linear.row_weights) for linear in linears)
+        return compress_linears(linears, inputs, recipe, storage_dtype, **rest)
 
-    monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linear", spy)
+    monkeypatch.setattr(sgpt_lightning.calibration.solving, "compress_linears", spy)
     return seen
 
 

@@ -30,7 +30,7 @@ def outcome(work: dict[str, LinearJob], recipes: dict[str, Recipe]) -> tuple[flo
     bits, loss = 0, 0.0
     for name, job in work.items():
         solved = compress_linear(job.weight, job.statistics, recipes[name], name, row_weights=job.row_weights)
-        bits += 8 * pack_weight(solved).nbytes
+        bits += 8 * pack_weight(solved.solution).nbytes
         hessian = damped(second_moment(correlated_inputs(300, job.weight.shape[1], list(SHAPES).index(name))))
         loss += float((row_errors(solved.weight(), job.weight, hessian) * job.row_weights).sum())
     return bits / sum(job.weight.numel() for job in work.values()), loss

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import generator
 
-from sgpt_lightning.core.masks import lowest, lowest_n_of_m
+from sgpt_lightning.core.masks import lowest, lowest_by_value, lowest_n_of_m
 
 
 def oracle_lowest(scores: list[float], k: int) -> list[bool]:
@@ -20,9 +20,10 @@ def scores(*shape: int, values: int = 0, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("values", [0, 1, 3])
 @pytest.mark.parametrize("k", [0, 1, 7, 23, 47, 48])
-def test_exactly_the_k_lowest_are_marked_and_ties_go_by_position(k, values):
+@pytest.mark.parametrize("mark", [lowest, lowest_by_value])
+def test_exactly_the_k_lowest_are_marked_and_ties_go_by_position(k, values, mark):
     s = scores(6, 8, values=values)
-    chosen = lowest(s, k)
+    chosen = mark(s, k)
     assert chosen.dtype == torch.bool
     assert chosen.shape == s.shape
     assert int(chosen.sum()) == k
@@ -31,11 +32,13 @@ def test_exactly_the_k_lowest_are_marked_and_ties_go_by_position(k, values):
 
 def test_no_weight_is_marked_for_k_zero_even_if_all_scores_are_zero():
     assert not lowest(torch.zeros(5, 5), 0).any()
+    assert not lowest_by_value(torch.zeros(5, 5), 0).any()
 
 
 def test_a_transposed_matrix_is_read_in_its_own_order():
     s = scores(8, 5, values=3).T
-    assert lowest(s, 11).flatten().tolist() == oracle_lowest([x for row in s.tolist() for x in row], 11)
+    for mark in (lowest, lowest_by_value):
+        assert mark(s, 11).flatten().tolist() == oracle_lowest([x for row in s.tolist() for x in row], 11)
 
 
 @pytest.mark.parametrize("values", [0, 1, 2])

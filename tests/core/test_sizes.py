@@ -19,14 +19,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def price(compressed: CompressedLinear, packed: PackedWeight) -> int:
     """The sum of the parts, from counts taken here."""
     spec, shape = packed.spec, packed.spec.shape
-    used = sorted(set(compressed.widths.tolist()))
-    stored = torch.ones(shape, dtype=torch.bool) if spec.layout == "dense" else compressed.keep
-    by_rows = compressed.grid.axis == "output"
+    solution = compressed.solution
+    used = sorted(set(solution.widths.tolist()))
+    stored = torch.ones(shape, dtype=torch.bool) if spec.layout == "dense" else solution.keep
+    by_rows = solution.grid.axis == "output"
     counts = stored.sum(1 if by_rows else 0)
-    weights = {bits: int(counts[compressed.widths == bits].sum()) for bits in used}
-    total = grid_bits(compressed.grid.kind, compressed.grid.axis, used, shape, compressed.grid.group_size)
+    weights = {bits: int(counts[solution.widths == bits].sum()) for bits in used}
+    total = grid_bits(solution.grid.kind, solution.grid.axis, used, shape, solution.grid.group_size)
     total += code_bits(weights)
-    return total if spec.layout == "dense" else total + mask_bits(shape, compressed.n_m)[spec.layout]
+    return total if spec.layout == "dense" else total + mask_bits(shape, solution.n_m)[spec.layout]
 
 
 SETTINGS = [
@@ -51,8 +52,8 @@ SETTINGS = [
 def test_a_solved_matrix_takes_the_bits_that_its_parts_are_priced_at(solve, shape, settings, group_size):
     weight, inputs = random_weight(*shape) * torch.linspace(0.2, 3, shape[0])[:, None], correlated_inputs(200, shape[1])
     compressed = solve(weight, inputs, target_avg_bits=3.0, group_size=group_size, **settings)
-    packed = pack_weight(compressed)
-    assert compressed.grid.span.dtype == torch.float16
+    packed = pack_weight(compressed.solution)
+    assert compressed.solution.grid.span.dtype == torch.float16
     assert price(compressed, packed) == 8 * packed.nbytes
 
 
@@ -60,9 +61,9 @@ def test_a_solved_matrix_takes_the_bits_that_its_parts_are_priced_at(solve, shap
 def test_the_cases_above_have_mixed_widths_on_both_axes(solve, settings, axis):
     weight, inputs = random_weight(24, 32) * torch.linspace(0.2, 3, 24)[:, None], correlated_inputs(200, 32)
     compressed = solve(weight, inputs, preset="best", sparsity=0.5, target_avg_bits=3.0, **settings)
-    assert compressed.grid.axis == axis
-    assert len(set(compressed.widths.tolist())) > 1
-    assert compressed.grid.kind == "zero-free"
+    assert compressed.solution.grid.axis == axis
+    assert len(set(compressed.solution.widths.tolist())) > 1
+    assert compressed.solution.grid.kind == "zero-free"
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"sparsity": 0.5, "allocation": "uniform"}], ids=str)
@@ -71,7 +72,7 @@ def test_shapes_that_are_no_whole_bytes_cost_what_they_are_priced_at(solve, shap
     compressed = solve(
         random_weight(*shape), correlated_inputs(100, shape[1]), preset="best", target_avg_bits=3.0, **settings
     )
-    packed = pack_weight(compressed)
+    packed = pack_weight(compressed.solution)
     assert packed.spec.layout == "bitmap"
     assert price(compressed, packed) == 8 * packed.nbytes
 
@@ -80,7 +81,7 @@ def test_shapes_that_are_no_whole_bytes_cost_what_they_are_priced_at(solve, shap
 def test_patterns_that_are_no_whole_bytes_cost_what_they_are_priced_at(solve, shape):
     weight, inputs = random_weight(*shape), correlated_inputs(100, shape[1])
     compressed = solve(weight, inputs, preset="best", pattern="2:4", target_avg_bits=3.0)
-    packed = pack_weight(compressed)
+    packed = pack_weight(compressed.solution)
     assert packed.spec.layout == "pattern"
     assert price(compressed, packed) == 8 * packed.nbytes
 
@@ -92,7 +93,7 @@ def test_true_bits_a_weight_are_within_what_was_asked_for(solve, settings, alloc
     weight, inputs = random_weight(16, 128), correlated_inputs(200, 128)
     budget = {"target_bits_per_weight": target, "widths": (2, 3, 4, 6, 8), "allocation": allocation}
     compressed = solve(weight, inputs, preset="best", **budget, **settings)
-    bits = 8 * pack_weight(compressed).nbytes / (16 * 128)
+    bits = 8 * pack_weight(compressed.solution).nbytes / (16 * 128)
     assert bits <= target
     if allocation == "rows":  # the others plan for ranges of widths that they then do without, or stop a width short
         assert bits > target - 0.15  # a row more would be up to 2 / 16 of a bit

@@ -5,7 +5,7 @@ import torch
 from oracles import affine_grid, correlated_inputs, output_error, random_weight, round_to_grid, sparsegpt
 from torch import Tensor
 
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import CompressedLinear, Quantized
 from sgpt_lightning.core.solver import compress_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,8 +17,8 @@ def assert_close(result: CompressedLinear, reference, weight: Tensor, inputs: Te
     assert error == pytest.approx(expected, rel=1e-3)
     same = (result.weight().double() - reference.weight).abs() < 1e-5
     assert same.double().mean() > 0.99
-    if result.keep is not None:
-        assert (result.keep == ~reference.drop).double().mean() > 0.999
+    if result.solution.keep is not None:
+        assert (result.solution.keep == ~reference.drop).double().mean() > 0.999
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_mixed_widths_are_the_same_loop_with_a_mask_from_a_pruning_pass(collect,
     hessian = collect(inputs).second_moment
     result = solve(weight, inputs, sparsity=0.5, pattern=pattern, target_avg_bits=3.5, allocation=allocation)
     mask = sparsegpt(weight, hessian, sparsity=0.5, n_m=(2, 4) if pattern else None, block_size=32).drop
-    reference = sparsegpt(weight, hessian, bits=result.widths.tolist(), drop=mask)
+    reference = sparsegpt(weight, hessian, bits=result.solution.widths.tolist(), drop=mask)
     assert_close(result, reference, weight, inputs)
 
 
@@ -110,6 +110,6 @@ def test_more_bits_and_fewer_zeros_give_less_error(solve):
 def test_relative_error_is_that_of_the_stored_weights_on_the_tokens(collect, plain_recipe, settings, storage):
     weight, inputs = random_weight(20, 48), correlated_inputs(300, 48) + 0.3
     result = compress_linear(weight, collect(inputs), plain_recipe(**settings), storage_dtype=storage)
-    assert result.values is None or result.values.dtype == storage
+    assert isinstance(result.solution, Quantized) or result.solution.values.dtype == storage
     expected = output_error(weight, result.weight(), inputs)
     assert result.relative_error == pytest.approx(expected, rel=1e-4)  # float32 products against float64

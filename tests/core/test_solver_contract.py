@@ -12,9 +12,10 @@ from sgpt_lightning.core.hessian import inverse_factor
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
+from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.core.solution import SolveError
 from sgpt_lightning.core.solver import compress_linear
-from sgpt_lightning.core.sweep import ColumnScales, sweep
+from sgpt_lightning.core.sweep import sweep
 from sgpt_lightning.presets import PRESETS
 from sgpt_lightning.recipe import Recipe
 
@@ -32,8 +33,8 @@ def test_exactly_the_asked_fraction_is_removed_for_awkward_shapes(solve, shape, 
         random_weight(*shape), correlated_inputs(200, shape[1]), sparsity=sparsity, target_avg_bits=bits,
         act_order=act_order, block_size=16,
     )  # fmt: skip
-    assert int((~result.keep).sum()) == round(sparsity * (shape[0] * shape[1]))
-    assert not result.weight()[~result.keep].any()
+    assert int((~result.solution.keep).sum()) == round(sparsity * (shape[0] * shape[1]))
+    assert not result.weight()[~result.solution.keep].any()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -47,8 +48,8 @@ def test_n_m_holds_in_the_original_positions(solve, pattern, block_size, allocat
             weight, inputs, pattern=pattern, target_avg_bits=bits, allocation=allocation, act_order=act_order,
             block_size=block_size,
         )  # fmt: skip
-        assert ((~result.keep).view(9, 5, group).sum(2) == zeros).all()
-        assert not result.weight()[~result.keep].any()
+        assert ((~result.solution.keep).view(9, 5, group).sum(2) == zeros).all()
+        assert not result.weight()[~result.solution.keep].any()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -67,11 +68,11 @@ def test_mean_bits_of_the_survivors_meet_the_target(solve, target, allocation, s
     weight, inputs = random_weight(24, 96), correlated_inputs(400, 96)
     settings = {"sparsity": sparsity, "target_avg_bits": target, "widths": LADDER, "allocation": allocation}
     result = solve(weight, inputs, **settings)
-    survivors = (torch.ones(24, 96) if result.keep is None else result.keep).sum(0)
-    left = target * survivors.sum() - (survivors * result.widths).sum()
+    survivors = (torch.ones(24, 96) if result.solution.keep is None else result.solution.keep).sum(0)
+    left = target * survivors.sum() - (survivors * result.solution.widths).sum()
     assert -1e-3 <= left < 2 * survivors.max()  # less than the widest step of one channel
-    levels = sum(2**bits for bits in set(result.widths.tolist()))
-    assert len(set(result.widths.tolist())) > 1
+    levels = sum(2**bits for bits in set(result.solution.widths.tolist()))
+    assert len(set(result.solution.widths.tolist())) > 1
     assert all(len(row.unique()) <= levels for row in result.weight())
 
 
@@ -81,7 +82,7 @@ def test_a_row_holds_no_more_values_than_its_width_has_codes(solve, bits):
     distinct = [len(row.unique()) for row in result.weight()]
     assert max(distinct) <= 2**bits
     assert min(distinct) > 2 ** (bits - 1) * 0.7  # and uses the width that it pays for
-    assert int(result.codes.max()) < 2**bits
+    assert int(result.solution.codes.max()) < 2**bits
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -136,8 +137,7 @@ def test_the_column_loop_reads_no_value_back(collect, rule, bits):
     grid = fit_affine_grid(weight, 8)
     quantizer = None if bits is None else ColumnScales(grid, torch.full((48,), bits), 48)
     if quantizer is not None:
-        for width, table in quantizer._tables.items():
-            quantizer._tables[width] = table._replace(step=table.step.to("meta"), base=table.base.to("meta"))
+        quantizer.step, quantizer.base = quantizer.step.to("meta"), quantizer.base.to("meta")
     mask = rule.to("meta") if isinstance(rule, Tensor) else rule
     swept = sweep(weight.T.to("meta"), factor, mask, quantizer, 16)
     assert swept.weight.shape == (48, 10)

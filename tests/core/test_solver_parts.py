@@ -113,11 +113,11 @@ def test_rows_that_cost_more_keep_more_weights_and_get_more_bits(collect):
     costs[:16], costs[16:32] = 100, 0.01
     recipe = Recipe(target_avg_bits=3.5)
     result = compress_linear(weight, collect(inputs), recipe, "", torch.float32, row_weights=costs)
-    kept = result.keep.double().mean(1)
-    widths = result.widths.double()
+    kept = result.solution.keep.double().mean(1)
+    widths = result.solution.widths.double()
     assert kept[:16].mean() > kept[32:].mean() > kept[16:32].mean()
     assert widths[:16].mean() > 1 + widths[16:].mean()
-    assert float((widths * result.keep.sum(1)).sum() / result.keep.sum()) <= 3.5
+    assert float((widths * result.solution.keep.sum(1)).sum() / result.solution.keep.sum()) <= 3.5
     hessian = damped(second_moment(inputs))
     plain = compress_linear(weight, collect(inputs), recipe, "", torch.float32)
     weighted = [float((row_errors(weight, r.weight(), hessian) * costs).sum()) for r in (result, plain)]
@@ -143,7 +143,7 @@ def test_one_width_is_kept_where_it_does_better_and_the_result_says_so(collect, 
         recipe = Recipe(target_avg_bits=4, allocation=allocation, uniform_if_better=tried, parts={"act_order": False})
         result = compress_linear(weight, collect(inputs), recipe, "", torch.float32)
         errors[tried] = float(row_errors(weight, result.weight(), damped(second_moment(inputs))).sum())
-        assert result.allocation == ("uniform" if len(result.widths.unique()) == 1 else allocation)
+        assert result.allocation == ("uniform" if len(result.solution.widths.unique()) == 1 else allocation)
     alone = compress_linear(weight, collect(inputs), Recipe(target_avg_bits=4, allocation="uniform"), "", torch.float32)
     one_width = float(row_errors(weight, alone.weight(), damped(second_moment(inputs))).sum())
     # Compared before the descent, which moves either by a few per cent.

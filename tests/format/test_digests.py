@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgpt_lightning.core.grids import Grid, count_segments
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import Quantized
 from sgpt_lightning.format.packing import pack_weight
 
 SHAPE = (24, 32)
@@ -23,7 +23,7 @@ CASES = {
 }
 
 
-def made(kind, widths, zeros, group_size, axis) -> CompressedLinear:
+def made(kind, widths, zeros, group_size, axis) -> Quantized:
     g = torch.Generator().manual_seed(0)
     channels = SHAPE[axis == "input"]
     bits = torch.tensor(widths, dtype=torch.uint8)[torch.randint(len(widths), (channels,), generator=g)]
@@ -39,11 +39,8 @@ def made(kind, widths, zeros, group_size, axis) -> CompressedLinear:
     span = torch.randint(1, 64, (SHAPE[0], segments), generator=g).half() / 32
     origin = torch.randint(0, 8, (SHAPE[0], segments), generator=g)
     origin = origin.to(torch.uint8) if kind == "zero-point" else origin.half() / 16
-    return CompressedLinear(
-        codes=codes.to(torch.uint8), values=None, keep=keep, widths=bits,
-        grid=Grid(kind, span, origin, widths[-1], group_size, axis), n_m=zeros if isinstance(zeros, tuple) else None,
-        relative_error=None, importance_range=(0.0, 1.0), damp_percent=0.01, status="ok",
-    )  # fmt: skip
+    grid = Grid(kind, span, origin, widths[-1], group_size, axis)
+    return Quantized(codes.to(torch.uint8), bits, grid, keep, zeros if isinstance(zeros, tuple) else None)
 
 
 @pytest.mark.parametrize("case", CASES)

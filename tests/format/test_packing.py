@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles import correlated_inputs, generator, random_weight
 
 from sgpt_lightning.core.grids import fit_affine_grid
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import Pruned, Quantized, Solution
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import cheapest_layout, pack_weight, unpack_weight
 
@@ -28,36 +29,35 @@ def random_keep(
     return torch.randperm(rows * columns, generator=g).view(rows, columns) >= round(sparsity * rows * columns)
 
 
-def made(rows: int, columns: int, widths=None, sparsity: float = 0.0, n_m=None, seed: int = 0) -> CompressedLinear:
-    """A compressed linear with random codes, without any solver; removed weights hold the zero point or zero."""
+def made(rows: int, columns: int, widths=None, sparsity: float = 0.0, n_m=None, seed: int = 0) -> Solution:
+    """A solved matrix with random codes, without any solver; removed weights hold the zero point or zero."""
     g = generator(seed)
     keep = random_keep(rows, columns, sparsity, n_m, seed)
     weight = random_weight(rows, columns, seed)
-    rest = {"relative_error": 0.0, "importance_range": (0.0, 1.0), "damp_percent": 0.01, "status": "ok"}
     if widths is None:
         values = weight if keep is None else weight.masked_fill(~keep, 0)
-        return CompressedLinear(None, values.half(), keep, None, None, n_m, **rest)
+        return Pruned(values.half(), keep, n_m)
     column_widths = torch.tensor(widths)[torch.randint(len(widths), (columns,), generator=g)].to(torch.uint8)
     grid = fit_affine_grid(weight, int(column_widths.max()))
     codes = (torch.rand(rows, columns, generator=g) * 2.0**column_widths).floor()
     if keep is not None:
         zero = torch.stack([grid.at(int(bits)).base[:, 0] for bits in column_widths], 1)
         codes = torch.where(keep, codes, zero)
-    return CompressedLinear(codes.to(torch.uint8), None, keep, column_widths, grid, n_m, **rest)
+    return Quantized(codes.to(torch.uint8), column_widths, grid, keep, n_m)
 
 
-def bytes_of(compressed: CompressedLinear, layout: str) -> int:
+def bytes_of(solution: Solution, layout: str) -> int:
     """The formula by hand: per run of one width ceil(weights * width / 8), and what describes them."""
-    rows, columns = (compressed.codes if compressed.values is None else compressed.values).shape
-    stored = torch.ones(rows, columns) if layout == "dense" else compressed.keep
+    rows, columns = solution.shape
+    stored = torch.ones(rows, columns) if layout == "dense" else solution.keep
     total = {"dense": 0, "bitmap": math.ceil(rows * columns / 8)}.get(layout)
     if layout == "pattern":
-        n, m = compressed.n_m
+        n, m = solution.n_m
         total = math.ceil(rows * columns // m * math.ceil(math.log2(math.comb(m, n))) / 8)
-    if compressed.widths is None:
+    if isinstance(solution, Pruned):
         return total + 2 * int(stored.sum())
-    used = sorted(set(compressed.widths.tolist()))
-    runs = [math.ceil(int(stored[:, compressed.widths == bits].sum()) * bits / 8) for bits in used]
+    used = sorted(set(solution.widths.tolist()))
+    runs = [math.ceil(int(stored[:, solution.widths == bits].sum()) * bits / 8) for bits in used]
     widths = math.ceil(columns * math.ceil(math.log2(len(used))) / 8)
     return total + sum(runs) + rows * (2 + 1) + widths
 
@@ -78,21 +78,21 @@ CASES = [
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (7, 3), (16, 8)])
 def test_unpacking_gives_the_weight_bit_for_bit_in_the_bytes_of_the_formula(case, rows, groups):
     columns = groups * case.get("n_m", (0, 5))[1]
-    compressed = made(rows, columns, **case)
-    packed = pack_weight(compressed)
-    assert torch.equal(unpack_weight(packed).view(torch.int32), compressed.weight().view(torch.int32))
-    assert packed.nbytes == bytes_of(compressed, packed.spec.layout)
+    solution = made(rows, columns, **case)
+    packed = pack_weight(solution)
+    assert torch.equal(unpack_weight(packed).view(torch.int32), solution.weight().view(torch.int32))
+    assert packed.nbytes == bytes_of(solution, packed.spec.layout)
     assert packed.spec.shape == (rows, columns)
     assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_layout_taken_is_the_smallest_of_those_that_fit(case):
-    compressed = made(16, 10 * case.get("n_m", (0, 8))[1], **case)
-    layouts = ["dense"] if compressed.keep is None else ["dense", "bitmap"]
-    if compressed.n_m and math.comb(compressed.n_m[1], compressed.n_m[0]) <= 256:
+    solution = made(16, 10 * case.get("n_m", (0, 8))[1], **case)
+    layouts = ["dense"] if solution.keep is None else ["dense", "bitmap"]
+    if solution.n_m and math.comb(solution.n_m[1], solution.n_m[0]) <= 256:
         layouts.append("pattern")
-    assert pack_weight(compressed).nbytes == min(bytes_of(compressed, layout) for layout in layouts)
+    assert pack_weight(solution).nbytes == min(bytes_of(solution, layout) for layout in layouts)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_the_layout_taken_is_the_smallest_of_those_that_fit(case):
     ids=str,
 )
 def test_few_zeros_are_stored_dense_many_by_bitmap_and_patterns_by_rank(settings, layout):
-    compressed = made(32, 64, **settings)
-    assert cheapest_layout(compressed) == layout
-    assert pack_weight(compressed).spec.layout == layout
+    solution = made(32, 64, **settings)
+    assert cheapest_layout(solution) == layout
+    assert pack_weight(solution).spec.layout == layout
 
 
 def test_a_two_of_four_mask_costs_three_quarters_of_a_bit_a_weight():
@@ -125,10 +125,10 @@ def test_a_two_of_four_mask_costs_three_quarters_of_a_bit_a_weight():
 
 def test_pattern_ranks_are_in_lexicographic_order_of_the_zeros():
     order = 4 * list(itertools.combinations(range(4), 2))
-    compressed = made(1, 4 * len(order), widths=(8,), n_m=(2, 4))
+    solution = made(1, 4 * len(order), widths=(8,), n_m=(2, 4))
     keep = torch.tensor([[position not in zeros for zeros in order for position in range(4)]])
-    codes = torch.where(keep, compressed.codes, compressed.grid.origin)
-    packed = pack_weight(CompressedLinear(**(vars(compressed) | {"keep": keep, "codes": codes})))
+    codes = torch.where(keep, solution.codes, solution.grid.origin)
+    packed = pack_weight(replace(solution, keep=keep, codes=codes))
     number = int.from_bytes(bytes(packed.tensors["weight_mask"].tolist()), "little")
     assert [number >> (3 * i) & 7 for i in range(len(order))] == 4 * list(range(6))
 
@@ -138,16 +138,16 @@ def test_pattern_ranks_are_in_lexicographic_order_of_the_zeros():
 @pytest.mark.parametrize("shape", [(9, 44), (16, 64)])
 def test_what_the_solver_hands_over_survives_packing(solve, shape, settings, target):
     weight, inputs = random_weight(*shape), correlated_inputs(200, shape[1])
-    compressed = solve(weight, inputs, target_avg_bits=target, allocation="quantile", **settings)
-    assert torch.equal(unpack_weight(pack_weight(compressed)), compressed.weight())
+    solution = solve(weight, inputs, target_avg_bits=target, allocation="quantile", **settings).solution
+    assert torch.equal(unpack_weight(pack_weight(solution)), solution.weight())
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_ranges_that_float16_cannot_hold_are_packed_as_float32(solve, factor):
-    compressed = solve(random_weight(6, 24) * factor, correlated_inputs(100, 24), target_avg_bits=4)
-    packed = pack_weight(compressed)
+    solution = solve(random_weight(6, 24) * factor, correlated_inputs(100, 24), target_avg_bits=4).solution
+    packed = pack_weight(solution)
     assert packed.tensors["weight_range"].dtype == torch.float32
-    assert torch.equal(unpack_weight(packed), compressed.weight())
+    assert torch.equal(unpack_weight(packed), solution.weight())
 
 
 @pytest.mark.parametrize("case", [{"widths": MIXED, "sparsity": 0.5}, {"n_m": (2, 4)}, {"widths": (3,), "n_m": (2, 4)}])

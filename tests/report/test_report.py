@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sgpt_lightning.core.grids import Grid
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import CompressedLinear, Pruned, Quantized, Solution
 from sgpt_lightning.format.packing import pack_weight
 from sgpt_lightning.format.records import LinearReport, RunRecord, describe_linear
 from sgpt_lightning.report.stats import QuantizationStats
@@ -19,18 +19,15 @@ KEEP = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 
 def solved(keep: torch.Tensor | None, widths: list[int] | None) -> CompressedLinear:
     """Two outputs, four inputs."""
-    grid = Grid("zero-point", torch.ones(2, 1).half(), torch.zeros(2, 1, dtype=torch.uint8), max(widths or [8]))
+    solution: Solution
+    if widths is None:
+        solution = Pruned(torch.ones(2, 4, dtype=torch.float16), keep)
+    else:
+        grid = Grid("zero-point", torch.ones(2, 1).half(), torch.zeros(2, 1, dtype=torch.uint8), max(widths))
+        codes = torch.zeros(2, 4, dtype=torch.uint8)
+        solution = Quantized(codes, torch.tensor(widths, dtype=torch.uint8), grid, keep)
     return CompressedLinear(
-        codes=None if widths is None else torch.zeros(2, 4, dtype=torch.uint8),
-        values=torch.ones(2, 4, dtype=torch.float16) if widths is None else None,
-        keep=keep,
-        widths=None if widths is None else torch.tensor(widths, dtype=torch.uint8),
-        grid=None if widths is None else grid,
-        n_m=None,
-        relative_error=0.125,
-        importance_range=(0.25, 4.0),
-        damp_percent=0.1,
-        status="damped",
+        solution, relative_error=0.125, importance_range=(0.25, 4.0), damp_percent=0.1, status="damped"
     )
 
 
@@ -49,7 +46,7 @@ def solved(keep: torch.Tensor | None, widths: list[int] | None) -> CompressedLin
 )
 def test_a_linear_is_described_as_counted_by_hand(keep, widths, sparsity, mean, histogram, count, layout):
     compressed = solved(keep, widths)
-    report = describe_linear("fc1", compressed, pack_weight(compressed))
+    report = describe_linear("fc1", compressed, pack_weight(compressed.solution))
     assert report == LinearReport(
         "fc1", 8, sparsity, mean, histogram, (0.25, 4.0), 0.125, 0.1, "damped", count, layout, None
     )
@@ -91,7 +88,7 @@ def test_the_mean_width_of_several_linears_counts_each_survivor_once():
 @pytest.mark.parametrize("error", [0.125, 0.0, math.nan, math.inf])
 def test_status_damping_importance_and_error_are_described_as_they_are(status, error):
     compressed = replace(solved(KEEP, None), status=status, relative_error=error, damp_percent=0.3)
-    report = describe_linear("fc1", compressed, pack_weight(compressed))
+    report = describe_linear("fc1", compressed, pack_weight(compressed.solution))
     assert (report.status, report.damp_percent, report.importance_range) == (status, 0.3, (0.25, 4.0))
     assert str(report.relative_error) == str(error)  # NaN stays NaN
     cells = [cell.strip() for cell in table_of_linears([report]).splitlines()[-1].split("|")]
@@ -108,7 +105,7 @@ def test_a_row_per_linear_shows_its_channels_per_width_extra_damping_and_true_bi
     damped = solved(KEEP, [8, 2, 8, 2])
     linears = [
         make_report("fc1", 8, 0.5, None, {}),
-        describe_linear("fc2", damped, pack_weight(damped)),
+        describe_linear("fc2", damped, pack_weight(damped.solution)),
         make_report("fc3", 800, 0.0, 2.5, {2: 1000, 3: 11}),
     ]
     heading = ["linear", "sparsity", "mean bits", "bits/weight", "2/3/8 bit", "error", "damping", "widths"]
