@@ -22,15 +22,18 @@ def own_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
+def exact_float32(tf32: bool = False) -> Iterator[None]:
     """Multiply float32 matrices in float32, even if the user allows TF32 or bfloat16 for speed.
 
     A Hessian of rounded products has other zeros and codes, and may not be positive definite.
+
+    Args:
+        tf32: round factors to TF32 on CUDA after all, even if the user does not allow it elsewhere.
     """
     backends: list[Any] = [getattr(b, "matmul", None) for b in (torch.backends.cuda, torch.backends.mkldnn)]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9
         legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         try:
             yield
         finally:
@@ -40,6 +43,7 @@ def exact_float32() -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
+        backends[0].fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):

@@ -44,6 +44,17 @@ def test_tf32_reaches_no_product_of_statistics_or_solve(preset):
     assert torch.get_float32_matmul_precision() == "high"
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_moments_are_tf32_only_if_asked_for_and_the_users_flags_stay(tf32, precision):
+    before = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
+    inputs = correlated_inputs(100, 24)
+    with PrecisionOfProducts() as products:
+        InputStatistics(24, tf32=tf32).add(inputs, inputs)
+    assert products.seen == [precision, precision]
+    assert (torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()) == before
+
+
 @pytest.mark.usefixtures("tf32_allowed")
 def test_the_users_precision_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError), exact_float32():

@@ -117,12 +117,21 @@ class DenseReference:
 class FiniteFlags:
     """Notes on the device whether what linears received was finite, and reads it once for many batches."""
 
+    ROOM = 4096
+    """Flags for which memory is taken at once: flags of their own, left behind between the tensors of a forward, kept
+    the allocator from using that memory again (1.13 -> 1.45 GB for opt-mini's gradients on the CPU)."""
+
     def __init__(self) -> None:
-        self._noted: list[tuple[str, int, Tensor]] = []
+        self._noted: list[tuple[str, int]] = []
+        self._flags = torch.empty(0, dtype=torch.bool)
 
     def note(self, name: str, batch_index: int, finite: Tensor) -> None:
         """Note a bool scalar on the device: whether what the linear received in a batch is finite."""
-        self._noted.append((name, batch_index, finite))
+        if len(self._noted) == len(self._flags) or not self._noted:
+            room = finite.new_empty(self.ROOM)
+            self._flags = torch.cat([self._flags, room]) if self._noted else room
+        self._flags[len(self._noted)] = finite
+        self._noted.append((name, batch_index))
 
     def check(self) -> None:
         """Read all that was noted since the last check.
@@ -130,9 +139,9 @@ class FiniteFlags:
         Raises:
             ValueError: a linear received NaN or inf; the first one is named, and the batch.
         """
-        noted, self._noted = self._noted, []
-        finite = torch.stack([flag for _, _, flag in noted]).tolist() if noted else []
-        for (name, batch_index, _), fine in zip(noted, finite, strict=True):
+        noted, finite = self._noted, self._flags[: len(self._noted)].tolist()
+        self._noted = []
+        for (name, batch_index), fine in zip(noted, finite, strict=True):
             if not fine:
                 raise ValueError(f"{name} received NaN or inf in calibration batch {batch_index}")
 
@@ -142,10 +151,12 @@ class InputCollector:
 
     Args:
         linears: the linears to watch, by full name.
+        tf32: see `InputStatistics`.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], tf32: bool = False) -> None:
         self.linears = linears
+        self._tf32 = tf32
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._finite = FiniteFlags()
@@ -199,7 +210,7 @@ class InputCollector:
     ) -> None:
         tokens = _tokens(inputs, real)
         if name not in self._statistics:
-            self._statistics[name] = InputStatistics(tokens.shape[-1], tokens.device)
+            self._statistics[name] = InputStatistics(tokens.shape[-1], tokens.device, self._tf32)
         statistics, dense, gap = self._statistics[name], reference.input_of(name), reference.gap_at(name)
         statistics.add(
             tokens,

@@ -24,6 +24,7 @@ class GuidedCalibration:
         recipe: Recipe,
         plans: Plans,
         then: Callable[[Plans], Calibration],
+        tf32: bool = False,
     ) -> None:
         linears = plans.linears()
         self._model = model
@@ -33,8 +34,12 @@ class GuidedCalibration:
         self._next = then(plans)
         self._count = BatchCount()
         self._gradients = OutputGradients(model, linears)
-        self._collector = InputCollector(linears if recipe.scope == "model" else {})
-        self.stages: Sequence[Stage] = [Stage("gradients of the dense model", 0), *self._next.stages]
+        self._collector = InputCollector(linears if recipe.scope == "model" else {}, tf32)
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The gradients, at the end of which nothing is solved, and the stages of the calibration that follows."""
+        return [Stage("gradients of the dense model", 0), *self._next.stages]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Run the dense model forwards and backwards in epoch 0; hand later epochs on."""

@@ -21,12 +21,12 @@ from sgpt_lightning.models.blocks import mark_compressed
 class OneShotCalibration:
     """All blocks in one epoch, on the dense model's inputs."""
 
-    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype, tf32: bool = False) -> None:
         self._model = model
         self.plans = plans
         self._storage_dtype = storage_dtype
-        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks))]
-        self._collector = InputCollector(plans.linears())
+        self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks), (tuple(plans.linears()),))]
+        self._collector = InputCollector(plans.linears(), tf32)
 
     @torch.no_grad()
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:

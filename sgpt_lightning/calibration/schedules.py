@@ -16,8 +16,10 @@ from sgpt_lightning.recipe import Recipe
 Mode = Literal["sequential", "one-shot"]
 
 
-def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> Calibration:
-    """Make the calibration called `mode`."""
+def calibration_for(
+    mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype, tf32_moments: bool = False
+) -> Calibration:
+    """Make the calibration called `mode`; the arguments are those of `compress`."""
     kinds: dict[Mode, type[SequentialCalibration] | type[OneShotCalibration]] = {
         "sequential": SequentialCalibration,
         "one-shot": OneShotCalibration,
@@ -27,8 +29,8 @@ def calibration_for(mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype:
     plans = plan_linears(model, recipe)
 
     def start(plans: Plans) -> Calibration:
-        return kinds[mode](model, plans, storage_dtype)
+        return kinds[mode](model, plans, storage_dtype, tf32_moments)
 
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
-        return GuidedCalibration(model, recipe, plans, start)
+        return GuidedCalibration(model, recipe, plans, start, tf32_moments)
     return start(plans)

@@ -37,23 +37,26 @@ class SequentialCalibration:
     Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
     """
 
-    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype, tf32: bool = False) -> None:
         self._model = model
         self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
         self.plans = plans
         self._storage_dtype = storage_dtype
+        self._tf32 = tf32
         self._inputs: list[PrologueOutput] = []
         self._count = BatchCount()
         self._real: list[Tensor | None] = []
         self._follows_dense = any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values())
         self._dense_hidden: list[Tensor] = []
         self._dense_block: nn.Module | None = None
-        self._groups: list[dict[str, nn.Module]] = []
         self._writers: dict[str, nn.Module] = {}
         self._collector = InputCollector({})
         blocks = len(self._decoder.blocks)
-        self.stages: Sequence[Stage] = [Stage(f"block {k} of {blocks}", k) for k in range(1, blocks + 1)]
+        self.stages = [
+            Stage(f"block {index + 1} of {blocks}", index + 1, (tuple(plans.linears(index)),))
+            for index in range(blocks)
+        ]
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Carry the batch to the entrance of block `epoch`, then through it under watch."""
@@ -69,7 +72,7 @@ class SequentialCalibration:
             self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
         if batch_index == 0:
             self._begin(epoch)
-        self._collect(epoch, batch_index, last=len(self._groups) == 1)
+        self._collect(epoch, batch_index, last=len(self.stages[epoch].groups) == 1)
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
@@ -78,29 +81,35 @@ class SequentialCalibration:
         self._collector.check()
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
-        for position, group in enumerate(self._groups):
+        groups = self.stages[epoch].groups
+        for position, names in enumerate(groups):
             if position:
-                self._collector = InputCollector(group)
+                self._collector = self._watching(epoch, names)
                 for batch_index in range(len(self._inputs)):
-                    self._collect(epoch, batch_index, last=position + 1 == len(self._groups))
+                    self._collect(epoch, batch_index, last=position + 1 == len(groups))
                 self._collector.check()
-            solved |= solve_linears(group, self._collector, self.plans, self._storage_dtype)
+            solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         self._dense_block = None
         if epoch + 1 == len(self.stages):
             for kept in (self._inputs, self._real, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
 
+    def _watching(self, epoch: int, names: Sequence[str]) -> InputCollector:
+        """Return a collector for some linears of block `epoch`."""
+        linears = self.plans.linears(epoch)
+        return InputCollector({name: linears[name] for name in names}, self._tf32)
+
     def _begin(self, epoch: int) -> None:
         """Find out which linears of the block share an input and when they run; keep a copy of the block."""
         linears = self.plans.linears(epoch)
-        self._groups = [linears]
         if any(self.plans.recipes[name].solve_parts.true_sequential for name in linears):
             hidden, calls = self._inputs[0]
             with watched_inputs(linears) as inputs:
                 self._replay.run(epoch, hidden, calls[epoch])
-            self._groups = input_groups(inputs, linears)
-        self._collector = InputCollector(self._groups[0] if self._groups else {})
+            groups = tuple(tuple(group) for group in input_groups(inputs, linears))
+            self.stages[epoch] = self.stages[epoch]._replace(groups=groups)
+        self._collector = self._watching(epoch, self.stages[epoch].groups[0])
         if self._follows_dense:
             block, (hidden, calls) = self._decoder.blocks[epoch], self._inputs[0]
             self._dense_block = copy.deepcopy(block)

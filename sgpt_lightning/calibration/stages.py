@@ -16,6 +16,14 @@ class Stage(NamedTuple):
     """What it is about, for people."""
     blocks: int
     """Decoder blocks that are compressed when it has ended."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Full names of the linears that are solved at its end, those of a group together, before the batches run again for
+    the next; which of a block share an input, and so a group, is known once its first batch has run."""
+
+    @property
+    def linears(self) -> list[str]:
+        """The linears that are solved at its end, in order."""
+        return [name for group in self.groups for name in group]
 
 
 class Calibration(Protocol):
@@ -23,8 +31,10 @@ class Calibration(Protocol):
 
     plans: Plans
     """What is to be done to each linear."""
-    stages: Sequence[Stage]
-    """What each epoch is about, in order."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """What each epoch is about, in order; their number and labels never change."""
 
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Take in one batch: `input_ids` `[batch, time]` and optionally `attention_mask`."""

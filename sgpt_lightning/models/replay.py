@@ -6,6 +6,7 @@ nothing here depends on a model family; only the first of them, the hidden state
 recorded per block, because families with sliding windows hand different masks to different blocks.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -196,7 +197,8 @@ def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[
 
     A pre-norm block returns hidden + attention output + feed-forward output; which linears these are is found by
     trying: the sum must reproduce the block's output. Blocks that do anything else to the stream (norms behind the
-    sum, scaled residuals) have none.
+    sum, scaled residuals) have none. A 16-bit block is tried as a copy in float32: its sums are rounded more coarsely
+    than the tolerance, by up to the whole of what is added where the hidden state is a hundred times as large.
 
     Args:
         block: a decoder block in eval mode.
@@ -204,6 +206,9 @@ def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[
         call: the rest of the block's arguments.
     """
     linears = find_linears(block)
+    if hidden.dtype in (torch.float16, torch.bfloat16):
+        wide = BlockCall(_floats(call.args), _floats(call.kwargs), call.hidden_keyword)
+        return {name: linears[name] for name in residual_writers(copy.deepcopy(block).float(), hidden.float(), wide)}
     outputs: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[..., None]:
@@ -225,6 +230,17 @@ def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[
             if (change - sum(outputs[name] for name in names)).float().norm() <= tolerance:
                 return {name: linears[name] for name in names}
     return {}
+
+
+def _floats(value: Any) -> Any:
+    """Return nested arguments with floating tensors as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _floats(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_floats, value))
+    return value
 
 
 @contextmanager

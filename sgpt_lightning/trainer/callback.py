@@ -9,8 +9,6 @@ schedule of validation is off for the same reason; the callback runs the Trainer
 import json
 import signal
 import time
-import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +25,6 @@ from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import RunRecord, SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
-from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.run import report_dict, status_line, summary_table, versions
 from sgpt_lightning.trainer.logs import log_linears, log_perplexity, log_run
@@ -42,6 +39,7 @@ from sgpt_lightning.trainer.setup import (
     report_path,
     rescue_places,
     run_directory,
+    warn_of_few_tokens,
 )
 
 DEFAULT_RECIPE = Recipe()
@@ -58,6 +56,7 @@ class SparseGPTCallback(Callback):
         calibration: `sequential` (one block per epoch, on the compressed blocks' outputs) or `one-shot` (one epoch).
         save_dir: where the compressed model goes; None for `compressed` in the run directory.
         validate_every_block: also measure perplexity after each block.
+        tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.
 
     Raises:
         TypeError: `recipe` is no `Recipe`.
@@ -70,6 +69,7 @@ class SparseGPTCallback(Callback):
         calibration: Mode = "sequential",
         save_dir: str | None = None,
         validate_every_block: bool = False,
+        tf32_moments: bool = False,
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, got {recipe!r} ({type(recipe).__name__})")
@@ -79,6 +79,7 @@ class SparseGPTCallback(Callback):
         self.calibration = calibration
         self.save_dir = save_dir
         self.validate_every_block = validate_every_block
+        self.tf32_moments = tf32_moments
         self.solved: dict[str, SolvedLinear] = {}
         self.manifest: Manifest | None = None
         self._calibration: Calibration | None = None
@@ -122,10 +123,12 @@ class SparseGPTCallback(Callback):
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
         self._seen, self._block_seconds = TextSeen(0, 0), []
-        self._calibration = calibration_for(self.calibration, network, self.recipe, pl_module.storage_dtype)
-        check_target(self.target(trainer), least_bytes(network, self._calibration.plans, pl_module.storage_dtype))
+        storage = pl_module.storage_dtype
+        self._calibration = calibration_for(self.calibration, network, self.recipe, storage, self.tf32_moments)
+        check_target(self.target(trainer), least_bytes(network, self._calibration.plans, storage))
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
-        pl_module.epoch_titles = [stage.label for stage in self._calibration.stages]
+        pl_module.stages = dict(enumerate(self._calibration.stages, self._first_epoch))
+        pl_module.measured = {}
         trainer.fit_loop.max_epochs = self._first_epoch + len(self._calibration.stages)
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # never, counted from the first epoch of all
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
@@ -163,18 +166,18 @@ class SparseGPTCallback(Callback):
         stages, done = self._calibration.stages, trainer.current_epoch - self._first_epoch
         if trainer.is_last_batch:
             if done == 0:
-                self._warn_of_few_tokens(self._calibration.plans.linears())
+                warn_of_few_tokens(self._seen.tokens, self._calibration.plans.linears())
             started = time.perf_counter()
             solved = self._calibration.finish(done)
             self._seconds["solve"] += time.perf_counter() - started
             self.solved |= solved
-            done += 1
             now = time.perf_counter()
-            if solved:
+            if stages[done].linears:
                 self._last_error = mean_error(solved.values())
                 self._block_seconds.append(now - self._block_started)
                 log_linears(trainer.loggers, solved, self._calibration.plans.decoder)
             self._block_started = now
+            done += 1
         self._show(pl_module, len(stages) - done)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,7 +201,11 @@ class SparseGPTCallback(Callback):
         assert self._calibration is not None
         record = RunRecord(
             model=pl_module.path,
-            calibration={"mode": self.calibration, "protocol": calibration_protocol(trainer, self._seen)},
+            calibration={
+                "mode": self.calibration,
+                "tf32_moments": self.tf32_moments,
+                "protocol": calibration_protocol(trainer, self._seen),
+            },
             recipe=asdict(self.recipe),
             perplexity=self._perplexity,
             protocols=evaluation_protocols(trainer, pl_module),
@@ -239,7 +246,7 @@ class SparseGPTCallback(Callback):
             self._settings.apply(trainer)
             self._settings = None
         if isinstance(pl_module, CausalLMModule):
-            pl_module.epoch_titles = ()
+            pl_module.stages, pl_module.measured_state = {}, ""
             if pl_module.network is not None:
                 pl_module.network.eval()
 
@@ -270,7 +277,7 @@ class SparseGPTCallback(Callback):
         """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
         assert isinstance(pl_module, CausalLMModule)
         started = time.perf_counter()
-        pl_module.measured = {}
+        pl_module.measured_state = label
         if trainer.enable_validation:
             loop = trainer.fit_loop.epoch_loop.val_loop
             trainer.validating = True
@@ -282,16 +289,6 @@ class SparseGPTCallback(Callback):
         log_perplexity(trainer.loggers, self._perplexity[label], blocks)
         self._measure_seconds = time.perf_counter() - started
         self._seconds["evaluate"] += self._measure_seconds
-
-    def _warn_of_few_tokens(self, linears: Mapping[str, nn.Module]) -> None:
-        widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
-        inputs = weight_matrix(linears[widest]).shape[1]
-        if self._seen.tokens < inputs:
-            warnings.warn(
-                f"{self._seen.tokens} calibration tokens are fewer than the {inputs} in_features of {widest}: its "
-                "Hessian will be singular and rest on damping alone; raise data.num_samples",
-                stacklevel=2,
-            )
 
 
 def _network(pl_module: LightningModule) -> nn.Module:

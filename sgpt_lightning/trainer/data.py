@@ -23,7 +23,7 @@ from sgpt_lightning.models.batches import TOKENS_PER_BATCH, real_tokens, windows
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.text.sources import SOURCES, Role, find_source
 from sgpt_lightning.text.windows import TextProtocol, Windows, calibration_windows, evaluation_windows
-from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.module import CausalLMModule, runs_on_cuda
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -223,7 +223,9 @@ class TextDataModule(LightningDataModule):
         sampler = InOrderSampler(windows, ranks, rank)
         # A loader without a generator of its own draws a seed for workers from the global one.
         size = self.batch_size or windows_per_batch(self.seq_len, self.tokens_per_batch or TOKENS_PER_BATCH)
-        return DataLoader(windows, batch_size=size, sampler=sampler, generator=torch.Generator())
+        # Lightning loads a batch ahead, and copies without waiting what is pinned.
+        pinned = runs_on_cuda(self.trainer)
+        return DataLoader(windows, batch_size=size, sampler=sampler, generator=torch.Generator(), pin_memory=pinned)
 
 
 def _short_names(sources: Sequence[str]) -> list[str]:

@@ -5,21 +5,24 @@ without it `global_step` would stay 0 and checkpoints, loggers and resumed runs 
 network is frozen; it changes only when the callback writes solved weights into it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
+from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.hub import hub_help
-from sgpt_lightning.models.names import MODEL_REMEDY, find_model, load_tokenizer
+from sgpt_lightning.models.names import MODEL_REMEDY, find_model, load_tokenizer, resolve_model
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,8 +41,8 @@ class CausalLMModule(LightningModule):
     Args:
         path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
         seq_len: tokens per window; None takes the model's own number of positions.
-        dtype: compute dtype: float32, bfloat16 or float16. None takes float32, for a compressed directory the one that
-            it was evaluated in.
+        dtype: compute dtype: float32, bfloat16 or float16. None takes the checkpoint's own on CUDA and float32
+            elsewhere, for a compressed directory the one that it was evaluated in.
         attn_implementation: as in transformers (`sdpa`, `eager`, ...). None takes the model's own, for a compressed
             directory the one that it was evaluated with.
 
@@ -50,8 +53,10 @@ class CausalLMModule(LightningModule):
 
     network: nn.Module | None
     """The transformers model; loaded when the Trainer asks for it."""
-    epoch_titles: Sequence[str]
-    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch is about, for progress bars."""
+    stages: Mapping[int, Stage]
+    """Set by `SparseGPTCallback` for as long as it calibrates: what each epoch of the Trainer is about."""
+    measured_state: str
+    """Which state of the model was measured last, or is being measured; set by `SparseGPTCallback`, else empty."""
     measured: dict[str, Measured]
     """What the last validation found, by the names of the data sets."""
     sent: Any
@@ -92,17 +97,26 @@ class CausalLMModule(LightningModule):
         self.seq_len = checked_seq_len(seq_len, config, path)
         self.storage_dtype = _storage_dtype(config)
         self.tokenizer: Any = None
-        self.epoch_titles = ()
+        self.stages = {}
+        self.measured_state = ""
         self.measured = {}
         self.sent = None
+        self._checked: set[tuple[int, int]] = set()
         self.clock = nn.Parameter(torch.zeros(()))
         self.perplexities = nn.ModuleList()
 
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
         if self.network is None:
-            self.network = load_model(self.path, self._compute_dtype, self._attn_implementation)
+            self.network = load_model(
+                self.path, self._compute_dtype or self._default_dtype(), self._attn_implementation
+            )
             self.tokenizer = load_tokenizer(self.path)
+
+    def _default_dtype(self) -> torch.dtype | None:
+        """Return the checkpoint's own dtype on CUDA; None, for `load_model` to decide, elsewhere and if compressed."""
+        compressed = is_compressed_dir(Path(resolve_model(self.path)).expanduser())
+        return self.storage_dtype if runs_on_cuda(self._trainer) and not compressed else None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer that steps the clock."""
@@ -115,7 +129,7 @@ class CausalLMModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Begin a run: each evaluation batch is checked once in it."""
-        self._checked: set[tuple[int, int]] = set()
+        self._checked.clear()
 
     def as_loaded(self, batch: Any) -> Any:
         """Return the batch that a step was given as `TextDataModule` sent it, to look at without waiting for a GPU.
@@ -127,7 +141,7 @@ class CausalLMModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Raise RuntimeError if there is no callback to calibrate for; callbacks have had their turn by now."""
-        if not self.epoch_titles:
+        if not self.stages:
             raise RuntimeError("CausalLMModule does not train: give the Trainer callbacks=[SparseGPTCallback(...)]")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -184,6 +198,11 @@ class CausalLMModule(LightningModule):
                 f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start again without it"
             )
         checkpoint["state_dict"]["clock"] = self.clock.detach()
+
+
+def runs_on_cuda(trainer: Trainer | None) -> bool:
+    """Tell whether a Trainer, if there is one, computes on a GPU of CUDA."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
 
 def checked_seq_len(seq_len: int | None, config: Any, path: str) -> int:

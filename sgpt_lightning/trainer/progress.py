@@ -44,32 +44,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def measured_state(trainer: Trainer) -> str:
-    """Say which state of the model a perplexity measured now is of; empty outside of a fit."""
-    if trainer.state.fn != "fit":
-        return ""
-    if trainer.global_step == 0:
-        return "dense"
-    titles = _titles(trainer)
-    last = trainer.current_epoch + 1 >= len(titles)
-    return "compressed" if last else f"after {titles[trainer.current_epoch]}"
-
-
-def perplexities(trainer: Trainer) -> dict[str, float]:
-    """Return the perplexities that were measured last, by data set."""
-    prefix = "perplexity/"
-    metrics = trainer.callback_metrics.items()
-    return {name.removeprefix(prefix): float(value) for name, value in metrics if name.startswith(prefix)}
-
-
 class CompressionProgressBar(TQDMProgressBar):
     """Shows `block k of n`, with the error of the block before and the time left, as the callback logs them."""
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._state = ""
 
     def init_train_tqdm(self) -> Tqdm:
         """Draw on stderr, and go when the run ends: the table stays."""
@@ -91,11 +69,6 @@ class CompressionProgressBar(TQDMProgressBar):
         if title := _title(trainer):
             self.train_progress_bar.set_description(title)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which state of the model is measured."""
-        super().on_validation_start(trainer, pl_module)
-        self._state = measured_state(trainer)
-
     def on_validation_batch_start(
         self,
         trainer: Trainer,
@@ -108,7 +81,7 @@ class CompressionProgressBar(TQDMProgressBar):
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if batch_idx == 0 and isinstance(pl_module, CausalLMModule):
             name = pl_module.evaluation_names()[dataloader_idx]
-            self.val_progress_bar.set_description(" ".join(["perplexity on", name, self._state]).strip())
+            self.val_progress_bar.set_description(f"perplexity on {name} {pl_module.measured_state}".strip())
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -121,8 +94,10 @@ class CompressionProgressBar(TQDMProgressBar):
             metrics["left"] = format_duration(left)
         if "error" in shown:
             metrics["error"] = shown["error"]
-        labelled = {f"{self._state} {name}".strip(): f"{value:.3f}" for name, value in perplexities(trainer).items()}
-        return metrics | labelled
+        if isinstance(pl_module, CausalLMModule):
+            for name, measured in pl_module.measured.items():
+                metrics[f"{pl_module.measured_state} {name}".strip()] = f"{measured.perplexity:.3f}"
+        return metrics
 
 
 class ProgressLines(Callback):
@@ -152,18 +127,16 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the perplexities."""
-        state = measured_state(trainer)
-        for name, value in perplexities(trainer).items():
-            _print(" ".join(["perplexity on", name, state]).strip() + f": {value:.3f}")
-
-
-def _titles(trainer: Trainer) -> Sequence[str]:
-    return getattr(trainer.lightning_module, "epoch_titles", ())
+        if isinstance(pl_module, CausalLMModule):
+            for name, measured in pl_module.measured.items():
+                _print(f"perplexity on {name} {pl_module.measured_state}".strip() + f": {measured.perplexity:.3f}")
 
 
 def _title(trainer: Trainer) -> str:
-    titles = _titles(trainer)
-    return titles[trainer.current_epoch] if trainer.current_epoch < len(titles) else ""
+    """Return what the epoch is about; empty outside of a calibration."""
+    module = trainer.lightning_module
+    stage = module.stages.get(trainer.current_epoch) if isinstance(module, CausalLMModule) else None
+    return "" if stage is None else stage.label
 
 
 def _print(line: str) -> None:

@@ -35,7 +35,7 @@ def evaluation_protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[st
     assert pl_module.network is not None
     texts = getattr(getattr(trainer, "datamodule", None), "protocols", {})
     model = {
-        "dtype": str(pl_module.dtype).removeprefix("torch."),
+        "dtype": str(next(pl_module.network.parameters()).dtype).removeprefix("torch."),
         "attn_implementation": getattr(pl_module.network.config, "_attn_implementation", None),
     }
     return {

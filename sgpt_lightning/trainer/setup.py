@@ -3,11 +3,15 @@
 import json
 import os
 import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
+from torch import nn
 
+from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.report.run import REPORT_KEYS
 
 
@@ -84,3 +88,15 @@ def check_report_path(path: Path) -> None:
 def rescue_places(trainer: Trainer) -> list[Path]:
     """Return where a model goes that cannot be written to its target."""
     return [folder / f"rescued-{os.getpid()}" for folder in (run_directory(trainer), Path(tempfile.gettempdir()))]
+
+
+def warn_of_few_tokens(tokens: int, linears: Mapping[str, nn.Module]) -> None:
+    """Warn where there are fewer calibration tokens than a linear has inputs."""
+    widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
+    inputs = weight_matrix(linears[widest]).shape[1]
+    if tokens < inputs:
+        warnings.warn(
+            f"{tokens} calibration tokens are fewer than the {inputs} in_features of {widest}: its Hessian will be "
+            "singular and rest on damping alone; raise data.num_samples",
+            stacklevel=2,
+        )

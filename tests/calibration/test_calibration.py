@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from oracles import second_moment
 from torch import Tensor, nn
 
 import sgpt_lightning.calibration.solving
+import sgpt_lightning.core.moments
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import calibration_for
 from sgpt_lightning.calibration.solving import mean_error
@@ -220,3 +221,15 @@ def test_how_windows_are_dealt_to_batches_changes_statistics_by_rounding_only(ma
             torch.testing.assert_close(other[name].second_moment, statistics.second_moment, rtol=1e-2, atol=1e-2)
             if ".layers.0." in name:  # fp32 sums of about 90 tokens in other orders
                 torch.testing.assert_close(other[name].second_moment, statistics.second_moment, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tf32_reaches_the_moments_and_nothing_else(mode, scope, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sgpt_lightning.core.moments, "exact_float32", lambda tf32: asked.append(tf32) or nullcontext())
+    recipe = Recipe(preset="gptq", target_avg_bits=3.0, scope=scope)
+    for tf32 in (False, True):
+        asked.clear()
+        compress(make_model("opt"), make_batches(2), recipe, mode=mode, tf32_moments=tf32)
+        assert set(asked) == {tf32}

@@ -93,6 +93,20 @@ def test_the_linears_that_write_into_the_residual_stream_are_found(family):
     assert sorted(residual_writers(decoder.blocks[0], hidden, calls[0])) == sorted(WRITERS[family])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", WRITERS)
+def test_they_are_found_in_16_bits_however_large_the_stream_is(family, dtype):
+    model = make_model(family).to(dtype)
+    decoder = find_decoder_blocks(model)
+    hidden, calls = BlockReplay(model, decoder.blocks).prologue(make_batches(1)[0])
+    block = decoder.blocks[0]
+    for scale in (1, 10, 100):
+        found = residual_writers(block, scale * hidden, calls[0])
+        assert sorted(found) == sorted(WRITERS[family])
+        assert all(block.get_submodule(name) is linear for name, linear in found.items())
+    assert {parameter.dtype for parameter in block.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize(
     ("family", "attention", "norms"),
     [

@@ -5,7 +5,8 @@ import pytest
 import torch
 from oracles import correlated_inputs, generator
 
-from sgpt_lightning.core.moments import InputStatistics
+import sgpt_lightning.core.moments
+from sgpt_lightning.core.moments import InputStatistics, multiplies_exactly
 
 FEATURES = 12
 
@@ -30,8 +31,8 @@ def moments(inputs: torch.Tensor) -> dict[str, np.ndarray]:
 def assert_same(statistics: InputStatistics, expected: dict[str, np.ndarray]) -> None:
     size = np.abs(expected["second_moment"]).max()
     for name, value in expected.items():
-        # Squares are rounded to float32, 6e-8 of E x^2 each; the matrix is also summed in float32. Sums are float64.
-        tolerance = {"second_moment": 2e-6, "variance": 2e-7}.get(name, 1e-13)
+        # Vectors are summed in float32 over 64 tokens, 6e-8 of their size; the matrix is summed in float32 altogether.
+        tolerance = {"second_moment": 2e-6, "variance": 2e-7}.get(name, 1e-7)
         actual = getattr(statistics, name).double().numpy()
         np.testing.assert_allclose(actual, value, rtol=1e-12, atol=tolerance * size, err_msg=name)
 
@@ -80,9 +81,69 @@ def test_merging_two_that_saw_nothing_gives_nothing():
 
 
 def test_the_mean_of_many_batches_does_not_drift():
-    # 2,000 batches around 1000: a float32 running mean would be off by 1e-4 relative, a float64 sum is not.
+    # 2,000 batches around 1000: a float32 running mean would be off by 1e-4 relative; here batches alone are rounded.
     inputs = 1000 + torch.rand(2000, 3, FEATURES, generator=generator())
-    np.testing.assert_allclose(collect(*inputs).mean.numpy(), moments(inputs)["mean"], rtol=1e-12)
+    np.testing.assert_allclose(collect(*inputs).mean.numpy(), moments(inputs)["mean"], rtol=6e-8)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 640, 5000])
+def test_vectors_are_as_exact_for_many_tokens_as_for_few(tokens):
+    inputs = correlated_inputs(tokens, FEATURES) + 1
+    statistics, expected = collect(inputs), moments(inputs)
+    for name in ("mean", "mean_abs"):
+        error = np.abs(getattr(statistics, name).numpy() - expected[name]) / expected["mean_abs"]
+        assert error.max() < 2e-7, name  # of the sum of the moduli; ordered float32 sums of 5,000 would be 1e-5 off
+    square = statistics.variance + statistics.mean.square()
+    assert np.abs(square.numpy() / (expected["variance"] + expected["mean"] ** 2) - 1).max() < 2e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_that_are_multiplied_as_they_are_give_the_same_moments(dtype, monkeypatch):
+    """On CUDA; here torch's product with a wider result is played by one in float64."""
+    products = []
+
+    def multiply(left, right, out_dtype):
+        products.append((left.dtype, right.dtype, out_dtype))
+        return (left.double() @ right.double()).to(out_dtype)
+
+    monkeypatch.setattr(sgpt_lightning.core.moments, "multiplies_exactly", lambda x: x.dtype == dtype)
+    monkeypatch.setattr(torch, "mm", multiply)
+    inputs = (100 * correlated_inputs(200, FEATURES)).to(dtype)  # squares past float16
+    statistics = InputStatistics(FEATURES)
+    statistics.add(inputs[:70], inputs[:70] * 2, inputs[:70, :5])
+    statistics.add(inputs[70:], inputs[70:] * 2, inputs[70:, :5].float())  # what was added to it in float32
+    expected = moments(inputs.float())
+    assert_same(statistics, expected)
+    size = np.abs(expected["second_moment"]).max()
+    for name, value in (
+        ("cross_moment", 2 * expected["second_moment"]),
+        ("gap_moment", expected["second_moment"][:5]),
+        ("dense_mean", 2 * expected["mean"]),
+        ("gap_mean", expected["mean"][:5]),
+    ):
+        np.testing.assert_allclose(getattr(statistics, name).numpy(), value, rtol=0, atol=2e-6 * size, err_msg=name)
+    assert products == 5 * [(dtype, dtype, torch.float32)]
+
+
+def test_halves_on_the_cpu_are_multiplied_in_float32():
+    assert not multiplies_exactly(torch.zeros(1, dtype=torch.float16))
+    assert not multiplies_exactly(torch.zeros(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("row", [0, 63, 70])
+def test_one_value_that_is_not_finite_is_told_for_good(value, row):
+    inputs = correlated_inputs(71, FEATURES)
+    statistics = collect(inputs)
+    assert statistics.is_finite
+    inputs[row, 5] = value
+    statistics.add(inputs)
+    statistics.add(torch.nan_to_num(inputs))
+    assert not statistics.is_finite
+
+
+def test_large_values_are_finite_though_their_squares_are_not():
+    assert collect(torch.full((200, FEATURES), 1e30)).is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

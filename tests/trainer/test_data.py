@@ -3,15 +3,25 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from models_for_tests import make_model
+from runs_for_tests import make_trainer
 from torch.utils.data import DataLoader
 
 from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.trainer import data
+from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import InOrderSampler, TextDataModule, TokenWindows
+from sgpt_lightning.trainer.module import CausalLMModule
+
+BATCHES = (("evaluation", 2), ("calibration", 3))
+"""7 and 10 windows in batches of 4."""
 
 
 @pytest.fixture
@@ -92,6 +102,14 @@ def test_a_mask_without_holes_stays_on_the_host_and_one_with_padding_travels(mod
     assert set(module.on_before_batch_transfer({"input_ids": ids, "attention_mask": whole}, 0)) == {"input_ids"}
     sent = module.on_before_batch_transfer({"input_ids": ids, "attention_mask": padded}, 0)
     assert torch.equal(sent["attention_mask"], padded)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_pinned_for_a_gpu_only(device, pinned, module):
+    module.setup("fit")
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
+    assert [loader.pin_memory for loader in (module.train_dataloader(), *module.val_dataloader())] == [pinned, pinned]
 
 
 def test_fit_loads_both_and_the_loaders_hold_the_windows(module):
@@ -257,3 +275,29 @@ def test_validate_fit_validate_in_one_trainer_gives_one_perplexity_and_windows_i
     expected = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()).exp().item()
     assert after["perplexity"] == pytest.approx(expected, rel=1e-6)  # fp32 entropies
     assert toy.seen == 2 * module._calibration_windows.ids.tolist()
+
+
+def test_batches_are_checked_before_they_leave_the_host_and_once_in_a_run(texts, tmp_path, monkeypatch):
+    checked, arrived = [], []
+
+    def check(model, batch, what):
+        checked.append((what, batch["input_ids"]))
+
+    def transfer(strategy, batch, device=None, dataloader_idx=0):
+        arrived.append({name: value.clone() for name, value in batch.items()})
+        return arrived[-1]
+
+    for room in ("module", "callback"):
+        monkeypatch.setattr(f"sgpt_lightning.trainer.{room}.check_batch", check)
+    monkeypatch.setattr(Strategy, "batch_to_device", transfer)
+    sizes = {"seq_len": 16, "num_samples": 10, "eval_windows": 7, "batch_size": 4}
+    module = TextDataModule(calibration=texts[0], evaluation=texts[1], **sizes)
+    model = CausalLMModule.from_model(make_model("opt", vocab_size=8192))
+    recipe = Recipe(preset="sparsegpt", target_avg_bits=None)
+    make_trainer(tmp_path, SparseGPTCallback(recipe, save_dir=str(tmp_path / "out"))).fit(model, module)
+    evaluated, calibrated = ([f"{kind} batch {index}" for index in range(n)] for kind, n in BATCHES)
+    assert [what for what, _ in checked] == evaluated + calibrated
+    assert len(arrived) == 2 * len(evaluated) + 2 * len(calibrated)  # dense and compressed; two blocks
+    assert all(set(batch) == {"input_ids"} for batch in arrived)
+    assert not {id(ids) for _, ids in checked} & {id(batch["input_ids"]) for batch in arrived}
+    assert model.sent is None

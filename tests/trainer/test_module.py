@@ -1,6 +1,7 @@
 """How `CausalLMModule` loads a model: the model's own attention and the compressed directory's own dtype by default."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.module import CausalLMModule, Measured
+from sgpt_lightning.trainer.protocols import evaluation_protocols
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRUNED = Recipe(preset="sparsegpt", target_avg_bits=None)
@@ -98,3 +100,46 @@ def test_a_hub_model_that_is_not_in_the_cache_offline_says_what_to_do(monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"model path 'nobody/no-such-model'(.|\n)*without a network"):
         CausalLMModule("nobody/no-such-model")
+
+
+def on_device(device):
+    """Play a Trainer that computes on a device."""
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [
+        ("cpu", None, torch.float32),
+        ("cuda", None, torch.bfloat16),
+        ("cuda", "float32", torch.float32),
+        ("cpu", "float16", torch.float16),
+    ],
+)
+def test_a_dense_model_has_its_own_dtype_on_cuda_and_float32_on_a_cpu(device, asked, expected, tmp_path):
+    path = save_dense(make_model("opt").to(torch.bfloat16), tmp_path)
+    module = CausalLMModule(path, seq_len=16, dtype=asked)
+    module._trainer = on_device(device)
+    module.configure_model()
+    assert {parameter.dtype for parameter in module.network.parameters()} == {expected}
+    assert module.storage_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_compressed_directory_keeps_its_dtype_on_any_device(device, tmp_path):
+    model = make_model("opt")  # evaluated in float32, stored in float16
+    solved = compress(model, make_batches(2), PRUNED, storage_dtype=torch.float16)
+    tokenizer = load_tokenizer("opt-mini")
+    save_compressed(tmp_path / "model", model, solved, storage_dtype=torch.float16, tokenizer=tokenizer)
+    module = CausalLMModule(str(tmp_path / "model"), seq_len=16)
+    module._trainer = on_device(device)
+    module.configure_model()
+    assert module.network.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_protocol_names_the_dtype_in_which_the_network_computes(dtype, tmp_path):
+    module = CausalLMModule(save_dense(make_model("opt"), tmp_path), seq_len=16, dtype=dtype)
+    module.configure_model()
+    module.measured = {"text": Measured(1.0, 1)}
+    assert evaluation_protocols(SimpleNamespace(), module)["text"]["dtype"] == dtype
