@@ -21,6 +21,8 @@ from torch import Tensor
 from sgpt_lightning.guards import exact_float32
 
 ROWS = 64
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of E x^2 - (E x)^2 over E x^2: constant inputs, of which 64 are added in float32, come to 6.6 at most."""
 """Tokens that are summed in float32."""
 
 
@@ -167,10 +169,10 @@ class InputStatistics:
 
     @property
     def variance(self) -> Tensor:
-        """Var x (population) as float64 `[in_features]`; 0 where it is below the rounding of float32 squares."""
+        """Var x (population) as float64 `[in_features]`; 0 where it is below the rounding of the sums."""
         mean_square = self._sum_square / max(self.tokens, 1)
         variance = mean_square - self.mean.square()
-        return torch.where(variance > torch.finfo(torch.float32).eps * mean_square, variance, 0)
+        return torch.where(variance > _ROUNDING * mean_square, variance, 0)
 
 
 def multiplies_exactly(x: Tensor) -> bool:

@@ -21,7 +21,8 @@ from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.blocks import find_decoder_blocks
-from sgpt_lightning.presets import ImportanceWeights, Recipe
+from sgpt_lightning.presets import ImportanceWeights
+from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import CompressionProgressBar
