@@ -21,9 +21,9 @@ from torch import Tensor
 from sgpt_lightning.guards import exact_float32
 
 ROWS = 64
-_ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Of E x^2 - (E x)^2 over E x^2: constant inputs, of which 64 are added in float32, come to 6.6 at most."""
 """Tokens that are summed in float32."""
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of E x^2 - (E x)^2 over E x^2: constant inputs, of which 64 are added in float32, come to 6.6 eps at most."""
 
 
 class InputStatistics:
