@@ -73,6 +73,10 @@ def round_to_nearest(bits: int) -> Row:
 
 
 ROWS: dict[str, Row] = {
+    "rate-coded 4": ours(coding="entropy", target_bits_per_weight=4),
+    "rate-coded 3": ours(coding="entropy", target_bits_per_weight=3),
+    "rate-coded 2.5": ours(coding="entropy", target_bits_per_weight=2.5),
+    "rate-coded 2": ours(coding="entropy", target_bits_per_weight=2),
     "RTN 4 bit": round_to_nearest(4),
     "GPTQ 4 bit": ours(preset="gptq"),
     "best, dense mean 4 bit": ours(sparsity=0),

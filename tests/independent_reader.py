@@ -23,7 +23,7 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 4)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 5)
     assert manifest.pop("sha256") == _checksum(manifest)
     tensors: dict[str, Array] = {}
     for file, entry in manifest["files"].items():

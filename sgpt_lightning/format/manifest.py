@@ -2,7 +2,7 @@
 
 `sha256` is the SHA-256 of all fields but `format`, `format_version` and itself, as JSON with sorted keys, no spaces and
 ASCII only, so neither a plan nor a reported figure can change unnoticed. A fault of any kind is a CheckpointError that
-names the file. Versions 1 and 2 are read as well.
+names the file. Versions 1 to 4 are read as well.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -141,6 +141,8 @@ class Manifest:
             content = _brought_up(content, version, path)
         elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
+        if version < _FIRST_WITH_LOSSES:
+            _add_losses(content)
         faults = _faults(content)
         if faults:
             raise CheckpointError(f"{path} is incomplete or odd ({'; '.join(faults[:4])}); compress the model again")
@@ -175,6 +177,16 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 _FIRST_WITH_CHECKSUM = 3
 """Version 4 differs from it by the layout `coded` alone."""
+_FIRST_WITH_LOSSES = 5
+"""Before it, reports had no `predicted_loss`."""
+
+
+def _add_losses(content: dict[str, Any]) -> None:
+    """Say in the reports of an older manifest that no loss was predicted; what is no report is left for `_faults`."""
+    linears = content.get("linears")
+    for entry in linears.values() if isinstance(linears, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("report"), dict):
+            entry["report"] = {"predicted_loss": None} | entry["report"]
 
 
 def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:

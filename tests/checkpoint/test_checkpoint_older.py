@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forgery import edit_json
+from forgery import edit_json, forge, write_model
 
 from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
 from sgpt_lightning.format.directory import CheckpointError
@@ -29,6 +29,22 @@ def test_a_model_in_format_version_1_is_read_as_its_own_reader_read_it():
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-5)
     layouts = {entry["spec"]["layout"] for entry in check_compressed(FIRST / "model").linears.values()}
     assert layouts == {"dense", "bitmap", "pattern"}
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_manifest_from_before_losses_were_predicted_is_read_and_says_that_none_was(version, tmp_path):
+    def as_then(manifest):
+        manifest["format_version"] = version
+        for entry in manifest["linears"].values():
+            del entry["report"]["predicted_loss"]
+
+    write_model(tmp_path / "out")
+    forge(tmp_path / "out", as_then)
+    reports = [entry["report"] for entry in check_compressed(tmp_path / "out").linears.values()]
+    assert [report["predicted_loss"] for report in reports] == [None] * 12
+    forge(tmp_path / "out", lambda manifest: manifest.update(format_version=5))  # and so must not be of this version
+    with pytest.raises(CheckpointError, match="needs the fields"):
+        check_compressed(tmp_path / "out")
 
 
 @pytest.mark.parametrize("field", ["files", "config", "linears", "ledger"])
