@@ -104,6 +104,7 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
             not measured on the dense model are left out.
     """
     ledger, perplexity = manifest.ledger, manifest.record.perplexity
+    times = 2 * ledger.parameters / ledger.file
     dense = perplexity.get("dense", {})
     compressed = perplexity.get("compressed", {}) if measured is None else measured
     changes = {
@@ -115,7 +116,7 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
     shown = ", ".join(f"{change} on {name}" if several else change for name, change in changes.items())
     parts = [
         f"{ledger.linear_bits_per_weight:.2f} bits a weight",
-        f"{2 * ledger.parameters / ledger.file:.1f}x smaller",
+        f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger",
         *([f"perplexity {shown}"] if shown else []),
     ]
     return ", ".join(parts)

@@ -62,9 +62,14 @@ def closing_line_of(trainer: Trainer, pl_module: CausalLMModule) -> str:
     measured = {
         name: measured.perplexity
         for name, measured in pl_module.measured.items()
-        if record.protocols.get(name) == protocols[name] and record.perplexity.get("dense", {}).get(name) is not None
+        if name in record.protocols and _nameless(record.protocols[name]) == _nameless(protocols[name])
     }
-    return closing_line(manifest, measured) if measured else ""
+    return closing_line(manifest, measured) if measured.keys() & record.perplexity.get("dense", {}).keys() else ""
+
+
+def _nameless(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where the tokenizer was found: a compressed directory holds that of the dense model."""
+    return {key: value for key, value in protocol.items() if key != "tokenizer"}
 
 
 def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:
