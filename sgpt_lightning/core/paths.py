@@ -1,8 +1,9 @@
-"""Which implementation of the column loops a device gets: Triton's kernels on CUDA, plain torch everywhere else.
+"""Which implementation of a loop a device gets: Triton's kernels on CUDA, plain torch or numpy everywhere else.
 
-Both have the same signature and do the same operations on a number in the same order; sums over columns may be taken in
-another order, so a code whose weight is next to a tie may differ. Where Triton is missing, does not know the GPU, or
-fails to compile, torch does the work; that is said once, in a warning, and remembered for the process.
+Both column loops have the same signature and do the same operations on a number in the same order; sums over columns
+may be taken in another order, so a code whose weight is next to a tie may differ. Decoders agree on every code. Where
+Triton is missing, does not know the GPU, or fails to compile, the others do the work; that is said once for the loops
+and once for decoding, in a warning, and remembered for the process.
 """
 
 import warnings
@@ -21,7 +22,21 @@ _KERNEL_DEVICES = ["cuda"]
 _OLDEST_CAPABILITY = (7, 0)
 """Below this, Triton's compiler stops the process rather than raise."""
 _refused: dict[str, str] = {}
-"""Why a type of device gets no kernels; what has been said once is not said again."""
+"""Why a type of device gets no kernels of a family; what has been said once is not said again."""
+
+
+class Family(NamedTuple):
+    """Kernels that are one module: where they cannot be used, others still may."""
+
+    name: str
+    work: str
+    """What they do, as a warning says it."""
+    instead: str
+    """What does it without them."""
+
+
+COLUMNS = Family("columns", "the column loops run", "plain torch")
+DECODE = Family("decode", "codes are decoded", "numpy on the CPU")
 
 
 class TileLoops(NamedTuple):
@@ -38,7 +53,7 @@ TORCH = TileLoops(sweep_tile, descend_tile)
 
 def loop_path(device: torch.device) -> LoopPath:
     """Return which implementation the column loops take on a device, as far as is known by now."""
-    if device.type not in _KERNEL_DEVICES or device.type in _refused or _reason_against(device):
+    if device.type not in _KERNEL_DEVICES or _key(device, COLUMNS) in _refused or _reason_against(device, COLUMNS):
         return "torch"
     return "triton"
 
@@ -48,35 +63,57 @@ def with_loops(device: torch.device, solve: Callable[[TileLoops], Result]) -> Re
 
     `solve` has to leave its inputs alone, or overwrite what a run that failed has left in them.
     """
-    if device.type not in _KERNEL_DEVICES or device.type in _refused:
-        return solve(TORCH)
-    reason = _reason_against(device)
+    return with_kernels(device, COLUMNS, lambda kernels: solve(_loops_of(kernels)), lambda: solve(TORCH))
+
+
+def with_kernels(
+    device: torch.device, family: Family, launch: Callable[[ModuleType], Result], plain: Callable[[], Result]
+) -> Result:
+    """Run `launch` with a module of kernels where a device gets them; else, or if a kernel fails, run `plain`.
+
+    Args:
+        device: where the tensors are.
+        family: which kernels.
+        launch: takes their module. Like `plain`, it has to leave its inputs alone or overwrite what is left in them.
+        plain: does the same without kernels.
+    """
+    if device.type not in _KERNEL_DEVICES or _key(device, family) in _refused:
+        return plain()
+    reason = _reason_against(device, family)
     if reason is None:
-        kernels = _kernels()
+        kernels = _import(family)
         try:
             # Triton launches on the current GPU, wherever the tensors are.
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                return solve(_loops_of(kernels))
+                return launch(kernels)
         except torch.OutOfMemoryError:
             raise
         except kernels.FAILURES as failure:
             reason = f"{type(failure).__name__}: {failure}"[:300]
-    _refused[device.type] = reason
-    warnings.warn(f"the column loops run in plain torch on {device}, not in Triton: {reason}", stacklevel=3)
-    return solve(TORCH)
+    _refused[_key(device, family)] = reason
+    warnings.warn(f"{family.work} in {family.instead} on {device}, not in Triton: {reason}", stacklevel=4)
+    return plain()
 
 
-def _kernels() -> ModuleType:
-    """Import the kernels, and Triton with them; only where they may be wanted."""
-    import sgpt_lightning.kernels.columns as kernels
-
-    return kernels
+def _key(device: torch.device, family: Family) -> str:
+    return f"{family.name} on {device.type}"
 
 
-def _reason_against(device: torch.device) -> str | None:
+def _import(family: Family) -> ModuleType:
+    """Import kernels, and Triton with them; only where they may be wanted."""
+    if family is DECODE:
+        import sgpt_lightning.kernels.decode as decode
+
+        return decode
+    import sgpt_lightning.kernels.columns as columns
+
+    return columns
+
+
+def _reason_against(device: torch.device, family: Family = COLUMNS) -> str | None:
     """Return what speaks against kernels before one is compiled, or None."""
     try:
-        _kernels()
+        _import(family)
     except (ImportError, AttributeError) as missing:  # there is none, or one that is too old
         return f"Triton cannot be imported ({missing})"
     if device.type == "cuda" and torch.version.hip is None:

@@ -1,9 +1,9 @@
 """Integer codes as entropy-coded bytes, and how many there will be before any is written.
 
-`encode` turns codes k, int32 `[out_features, in_features]`, into tensors of bytes, `decode` turns them back, and
-`coded_size` says what `encode` will take. All arithmetic below is on whole numbers, `>>` and `//` round down, numbers
-of several bytes start with the lowest, and bits are laid out as `bits.py` draws them. A tensor without elements is
-absent; a matrix without codes has no tensors.
+`encode` turns codes k, int32 `[out_features, in_features]`, into tensors of bytes, `decode` in `decoding.py` turns them
+back, and `coded_size` says what `encode` will take. All arithmetic below is on whole numbers, `>>` and `//` round down,
+numbers of several bytes start with the lowest, and bits are laid out as `bits.py` draws them. A tensor without elements
+is absent; a matrix without codes has no tensors.
 
     tables   uint8   lanes (4 bytes); lowest level, highest level, breadth, base (2 bytes, two's complement), bits of a
                      row's level, bits of a column's, escape bits (1 byte each but base); then each table: 1 byte, the
@@ -43,7 +43,6 @@ magnitude, and some bits a row and column. Left out: checksums (the file has the
 and scales).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,26 +52,9 @@ from torch import Tensor
 
 from sgpt_lightning.format import rans
 from sgpt_lightning.format.bits import packed_bytes
-from sgpt_lightning.format.contexts import LEVELS, LIMIT, Contexts, contexts_of, level_of, shift_of, table_of
+from sgpt_lightning.format.contexts import LEVELS, LIMIT, Contexts, contexts_of, shift_of
 from sgpt_lightning.format.frequencies import COST_UNIT, LARGEST, Tables, tables_of
-from sgpt_lightning.format.side import (
-    CODES,
-    ESCAPE,
-    HEADER_BYTES,
-    Header,
-    pack_extra,
-    pack_levels,
-    read_tables,
-    signed,
-    unpack_extra,
-    unpack_levels,
-    write_tables,
-)
-
-_DTYPES = {
-    "tables": np.uint8, "rows": np.uint8, "columns": np.uint8, "stream": np.uint16, "offsets": np.int32,
-    "extra": np.uint8,
-}  # fmt: skip
+from sgpt_lightning.format.side import ESCAPE, HEADER_BYTES, Header, pack_extra, pack_levels, signed, write_tables
 
 
 class _Model(NamedTuple):
@@ -163,54 +145,6 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
-def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Decode what `encode` made of a matrix of `shape` = (out_features, in_features), with numpy on the CPU.
-
-    Memory and time are bounded by the shape and the bytes at hand, whatever the bytes say.
-
-    Returns:
-        int32 `[out_features, in_features]`.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, or not what `encode` writes for a matrix of this shape. Damage that
-            leads to other codes goes unseen: checksums are the file's.
-    """
-    return decode_all([(tensors, shape)])[0]
-
-
-def decode_all(matrices: Sequence[tuple[Mapping[str, Tensor], tuple[int, int]]]) -> list[Tensor]:
-    """Decode matrices side by side, as `decode` does one.
-
-    All of opt-mini, 48 small matrices, takes 0.4 s instead of 2.0 s. It needs about 20 bytes a code for all of them at
-    once, so a large model is decoded part by part.
-    """
-    given = [_check_tensors(tensors, shape) for tensors, shape in matrices]
-    decoded = [torch.zeros(shape, dtype=torch.int32) for _, shape in matrices]
-    coded = [number for number, codes in enumerate(decoded) if codes.numel()]
-    parsed = [_parse(given[number], matrices[number][1]) for number in coded]
-    symbols = rans.decode([streams for _, streams in parsed]) if parsed else []
-    for number, (header, streams), found in zip(coded, parsed, symbols, strict=True):
-        codes = decoded[number].view(-1).numpy()
-        CODES.take(found, out=codes)
-        _add_extra(codes, found == ESCAPE, streams.chosen, given[number]["extra"], header)
-    return decoded
-
-
-def _parse(given: Mapping[str, NDArray], shape: tuple[int, int]) -> tuple[Header, rans.Coded]:
-    data = given["tables"].tobytes()
-    header = Header.of(data, shape[0] * shape[1])
-    lookup = read_tables(data, header)
-    rows = unpack_levels("rows", given["rows"], header.row_bits, shape[0])
-    columns = unpack_levels("columns", given["columns"], header.column_bits, shape[1])
-    levels = level_of(rows, columns, header.base)
-    tables = table_of(levels, torch.tensor(header.lowest), torch.tensor(header.highest), header.breadth)
-    split = rans.Split.of(shape[0] * shape[1], header.lanes)
-    offsets = np.concatenate([[0], given["offsets"].astype(np.int64), [given["stream"].size]])
-    if offsets.size != split.streams + 1 or np.any(np.diff(offsets) < 0):
-        raise ValueError(f"offsets must lead to {split.streams} streams in {given['stream'].size} words")
-    return header, rans.Coded(given["stream"], offsets, lookup, tables.view(-1).numpy(), split)
-
-
 def _model(codes: Tensor) -> _Model:
     contexts = contexts_of(codes)
     chosen = contexts.tables()
@@ -248,7 +182,7 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
 
 
 def _encode_streams(model: _Model, escaped: Tensor, header: Header) -> list[NDArray[np.uint16]]:
-    slots = signed(model.tables.slots().numpy()).astype(np.uint32)
+    slots = signed(model.tables.slots()).numpy().astype(np.uint32)
     starts = np.cumsum(slots, 1, dtype=np.uint32) - slots
     symbol = torch.where(escaped, ESCAPE, 2 * model.heads.abs() - (model.heads > 0).int())
     place = (model.chosen.int() * slots.shape[1] + symbol).view(-1).numpy()
@@ -265,32 +199,8 @@ def _encode_extra(codes: Tensor, model: _Model, escapes: Tensor, header: Header)
     return pack_extra(code[stored] + ((1 << shift) >> 1) & ((1 << widths) - 1), widths)
 
 
-def _add_extra(codes: NDArray, escaped: NDArray, tables: NDArray, extra: NDArray, header: Header) -> None:
-    """Put extra bits into codes, in place: `codes`, `escaped` and `tables` are `[count]`."""
-    shifts = shift_of(header.lowest + header.breadth * torch.arange(header.tables)).numpy()
-    stored = np.flatnonzero(escaped | (shifts > 0)[tables])
-    head, shift, escaped = codes[stored].astype(np.int64), shifts[tables[stored]], escaped[stored]
-    widths = shift + header.escape_bits * escaped
-    values = unpack_extra(extra, widths)
-    above = np.where(escaped, -(values >> np.maximum(widths - 1, 0)) << widths, head << shift)
-    found = above + values - ((1 << shift) >> 1)
-    if np.any(np.abs(found) > LIMIT):
-        raise ValueError(f"a code is more than {LIMIT} in magnitude")
-    codes[stored] = found
-
-
 def _check_codes(codes: Tensor) -> None:
     if codes.dtype != torch.int32:
         raise TypeError(f"codes must be int32, got {codes.dtype}")
     if codes.dim() != 2:
         raise ValueError(f"codes must be [out_features, in_features], got shape {list(codes.shape)}")
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, NDArray]:
-    given = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-    wrong = [name for name, array in given.items() if _DTYPES.get(name) != array.dtype or array.ndim != 1]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: no tensor of coded codes has this name, type and form")
-    if given and not shape[0] * shape[1]:
-        raise ValueError(f"a matrix of shape {list(shape)} has no tensors, got {', '.join(given)}")
-    return {name: given.get(name, np.zeros(0, dtype)) for name, dtype in _DTYPES.items()}

@@ -49,7 +49,8 @@ from sgpt_lightning.core.grids import Grid, dequantize_matrix
 from sgpt_lightning.core.sizes import Layout, code_bits, index_bits, smallest_layout
 from sgpt_lightning.core.solution import Coded, Pruned, Quantized, Solution
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
-from sgpt_lightning.format.entropy import decode, encode
+from sgpt_lightning.format.decoding import decode
+from sgpt_lightning.format.entropy import encode
 from sgpt_lightning.format.layout import CODED_STREAMS, PackedWeight, WeightSpec, check_sizes, origin_name
 
 

@@ -8,12 +8,15 @@ with a prefix sum all read the same bytes. `format/entropy.py` says which code b
 It leaves out what the symbols mean and where frequencies come from (`format/contexts.py`).
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 SLOT_BITS = 12
 SLOTS = 1 << SLOT_BITS
@@ -22,8 +25,8 @@ FIRST_STATE = 1 << 16
 """A state below this takes a word; it is also what every lane starts to encode from and ends to decode at."""
 LANES = 64
 """Lanes of a stream, where there is more than one stream."""
-STREAMS_AT_ONCE = 32
-"""Streams that numpy codes side by side: 2,048 lanes keep its overhead small and its arrays in the cache."""
+LANES_AT_ONCE = 2048
+"""Lanes that numpy codes side by side, about: that keeps its overhead small and its arrays in the cache."""
 MAX_STEPS = 1 << 14
 """Most codes of one lane; it bounds the time that a damaged file can cost."""
 _LANE_BITS = 8192
@@ -77,23 +80,14 @@ class Split(NamedTuple):
 
     def groups(self) -> list[slice]:
         """Return the streams that are coded side by side."""
-        firsts = range(0, self.streams, STREAMS_AT_ONCE)
-        return [slice(first, min(first + STREAMS_AT_ONCE, self.streams)) for first in firsts]
+        at_once = LANES_AT_ONCE // LANES
+        return [slice(first, min(first + at_once, self.streams)) for first in range(0, self.streams, at_once)]
 
     def deal(self, codes: NDArray, idle: int) -> NDArray:
         """Arrange `[count]` as `[streams, steps, lanes]`; what is past the end is `idle`."""
         dealt = np.full(self.streams * self.steps * self.lanes, idle, codes.dtype)
         dealt[: codes.size] = codes
         return dealt.reshape(self.streams, self.steps, self.lanes)
-
-
-class SlotTable(NamedTuple):
-    """What a decoder looks up, table behind table."""
-
-    moves: NDArray[np.uint64]
-    """`[tables * 4096]`: the frequency of the symbol in the low half, slot - first slot of the symbol in the high."""
-    symbols: NDArray[np.uint8]
-    """`[tables * 4096]`: which symbol it is."""
 
 
 def encode(frequencies: NDArray[np.uint32], starts: NDArray[np.uint32], split: Split) -> list[NDArray[np.uint16]]:
@@ -133,18 +127,23 @@ def _encode_group(frequencies: NDArray, starts: NDArray) -> tuple[NDArray, NDArr
     return words.reshape(shape).transpose(1, 0, 2), asks.reshape(shape).transpose(1, 0, 2), state.reshape(streams, -1)
 
 
-def slot_table(frequencies: NDArray) -> SlotTable:
-    """Lay out what a decoder looks up per slot.
+def slot_table(frequencies: Tensor) -> Tensor:
+    """Lay out what a decoder looks up per slot, on the device of the frequencies.
 
     Args:
-        frequencies: int `[tables, symbols]`, in the order of their slots; each table adds up to 4,096.
+        frequencies: int64 `[tables, symbols]`, in the order of their slots; each table adds up to 4,096.
+
+    Returns:
+        int32 `[tables * 4096]`, table behind table, the bits of a 32-bit number: the frequency of the slot's symbol
+        less 1 (12 bits, the lowest), slot - first slot of the symbol (12 bits), the symbol (8 bits).
     """
-    symbols = np.tile(np.arange(frequencies.shape[1]), len(frequencies))
-    flat = frequencies.reshape(-1)
-    starts = (np.cumsum(frequencies, 1) - frequencies).reshape(-1)
-    inside = np.tile(np.arange(SLOTS), len(frequencies)) - np.repeat(starts, flat)
-    moves = inside.astype(np.uint64) << np.uint64(32) | np.repeat(flat, flat).astype(np.uint64)
-    return SlotTable(moves, np.repeat(symbols, flat).astype(np.uint8))
+    tables, symbols = frequencies.shape
+    symbol = torch.arange(symbols, device=frequencies.device).expand(tables, -1)
+    starts = frequencies.cumsum(1) - frequencies
+    of_first = frequencies - 1 - (starts << SLOT_BITS) + (symbol << 2 * SLOT_BITS)
+    entries = of_first.view(-1).repeat_interleave(frequencies.view(-1), output_size=tables * SLOTS).view(tables, SLOTS)
+    entries += torch.arange(SLOTS, device=entries.device) << SLOT_BITS
+    return entries.view(-1).to(torch.int32)
 
 
 class Coded(NamedTuple):
@@ -154,7 +153,7 @@ class Coded(NamedTuple):
     """`[words]`."""
     offsets: NDArray[np.int64]
     """`[streams + 1]`, ascending, first 0, last the number of words: stream s is words[offsets[s] : offsets[s + 1]]."""
-    table: SlotTable
+    entries: NDArray[np.uint32]
     """Of `slot_table`."""
     chosen: NDArray
     """int `[count]`: the table of each code."""
@@ -172,25 +171,39 @@ def decode(matrices: Sequence[Coded]) -> list[NDArray[np.uint8]]:
     """
     # Idle lanes stay where they are: one symbol with all slots.
     idle = np.arange(SLOTS, dtype=np.uint64) << np.uint64(32) | np.uint64(SLOTS)
-    moves = np.concatenate([*(matrix.table.moves for matrix in matrices), idle])
+    entries = np.concatenate([matrix.entries for matrix in matrices])
+    moves = np.concatenate([_moves(entries), idle])
     streams, dealt, first = [], [], 0
     for matrix in matrices:
         places = (matrix.chosen.astype(np.int32) << SLOT_BITS) + np.int32(first)
         dealt.append(matrix.split.deal(places, moves.size - SLOTS))
         edges = zip(matrix.offsets[:-1], matrix.offsets[1:], strict=True)
         streams += [_Stream(matrix.words[a:b], found) for (a, b), found in zip(edges, dealt[-1], strict=True)]
-        first += matrix.table.moves.size
+        first += matrix.entries.size
     streams.sort(key=lambda stream: -len(stream.places))
-    for start in range(0, len(streams), STREAMS_AT_ONCE):
-        _decode_group(streams[start : start + STREAMS_AT_ONCE], moves)
-    symbols = np.concatenate([matrix.table.symbols for matrix in matrices])
+    for group in _side_by_side(streams):
+        _decode_group(group, moves)
+    symbols = (entries >> np.uint32(2 * SLOT_BITS)).astype(np.uint8)
     return [symbols[places.reshape(-1)[: m.chosen.size]] for places, m in zip(dealt, matrices, strict=True)]
+
+
+def _moves(entries: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Take frequency (low half) and slot - first slot of the symbol (high half) apart, as `_run` adds them up."""
+    inside = (entries >> np.uint32(SLOT_BITS)) & np.uint32(SLOTS - 1)
+    return inside.astype(np.uint64) << np.uint64(32) | (entries & np.uint32(SLOTS - 1)) + np.uint64(1)
 
 
 class _Stream(NamedTuple):
     words: NDArray[np.uint16]
     places: NDArray[np.int32]
     """`[steps, lanes]`: where in all slots the table of a code starts; once decoded, where the code was."""
+
+
+def _side_by_side(streams: Sequence[_Stream]) -> Iterator[Sequence[_Stream]]:
+    """Cut streams into groups of as many lanes as numpy takes at once."""
+    full = np.cumsum([stream.places.shape[1] for stream in streams]) // LANES_AT_ONCE
+    edges = [0, *(np.flatnonzero(np.diff(full)) + 1), len(streams)]
+    return (streams[first:last] for first, last in itertools.pairwise(edges))
 
 
 def _decode_group(streams: Sequence[_Stream], moves: NDArray[np.uint64]) -> None:

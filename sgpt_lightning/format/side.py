@@ -15,7 +15,9 @@ from sgpt_lightning.format.frequencies import ENTRIES, LARGEST, Tables, slots_of
 
 ESCAPE = 2 * LARGEST + 1
 """The symbol that stands for all that is not in the table; others are 0, 1, -1, 2, -2, ... in this order."""
-CODES = np.array([0, *(sign * magnitude for magnitude in range(1, LARGEST + 1) for sign in (1, -1)), 0], np.int32)
+ESCAPED = LARGEST + 1
+"""Stands among decoded codes where the escape was."""
+CODES = np.array([0, *(sign * size for size in range(1, LARGEST + 1) for sign in (1, -1)), ESCAPED], np.int32)
 """The code that each symbol stands for."""
 _HEADER = struct.Struct("<IBBBhBBB")
 _MOST_ESCAPE_BITS = LIMIT.bit_length() + 1
@@ -79,11 +81,11 @@ def write_tables(tables: Tables, header: Header) -> bytes:
     return bytes(written)
 
 
-def read_tables(data: bytes, header: Header) -> rans.SlotTable:
+def read_tables(data: bytes, header: Header) -> Tensor:
     """Read the tables behind the header.
 
     Returns:
-        What a decoder looks up.
+        Slots of each symbol, int64 `[tables, ESCAPE + 1]`; each table's add up to 4,096.
 
     Raises:
         ValueError: there are more or fewer bytes than the tables take, or an entry is too large.
@@ -104,13 +106,12 @@ def read_tables(data: bytes, header: Header) -> rans.SlotTable:
     if place != len(data):
         raise ValueError(f"the tables take {place} bytes, got {len(data)} bytes")
     kinds_, entries_ = torch.from_numpy(kinds), torch.from_numpy(entries)
-    slots = signed(slots_of(entries_, kinds_ % 128, kinds_ >= 128).numpy())
-    return rans.slot_table(slots)
+    return signed(slots_of(entries_, kinds_ % 128, kinds_ >= 128))
 
 
-def signed(slots: NDArray) -> NDArray:
+def signed(slots: Tensor) -> Tensor:
     """Turn slots per magnitude and escape, `[tables, LARGEST + 2]`, into slots per symbol, `[tables, ESCAPE + 1]`."""
-    return np.concatenate([slots[:, :1], np.repeat(slots[:, 1:-1], 2, axis=1), slots[:, -1:]], 1)
+    return torch.cat([slots[:, :1], slots[:, 1:-1].repeat_interleave(2, 1), slots[:, -1:]], 1)
 
 
 def pack_extra(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -119,20 +120,21 @@ def pack_extra(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[
     return np.packbits((np.repeat(values, widths) >> place & 1).astype(np.uint8), bitorder="little")
 
 
-def unpack_extra(packed: NDArray[np.uint8], widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Unpack numbers of `widths` bits.
+def unpack_extra(packed: Tensor, widths: Tensor) -> Tensor:
+    """Unpack numbers of `widths` bits (int64, at most 49), int64 like `widths`, on their device.
 
     Raises:
         ValueError: there are more or fewer bytes than these take.
     """
     total = int(widths.sum())
-    if packed.size != packed_bytes(total, 1):
-        raise ValueError(f"extra must be {packed_bytes(total, 1)} bytes, got {packed.size}")
-    if not total:
-        return np.zeros(widths.size, np.int64)
-    starts = np.cumsum(widths) - widths
-    bits = np.unpackbits(packed, count=total, bitorder="little").astype(np.int64)
-    return np.add.reduceat(bits << (np.arange(total) - np.repeat(starts, widths)), starts)
+    if packed.numel() != packed_bytes(total, 1):
+        raise ValueError(f"extra must be {packed_bytes(total, 1)} bytes, got {packed.numel()}")
+    padded = torch.nn.functional.pad(packed, (0, 8))
+    starts = widths.cumsum(0) - widths
+    first, values = starts >> 3, torch.zeros_like(widths)
+    for byte in range(7):
+        values |= padded[first + byte].long() << (8 * byte)
+    return values >> (starts & 7) & ((1 << widths) - 1)
 
 
 def pack_levels(levels: Tensor, bits: int) -> Tensor:
@@ -140,10 +142,10 @@ def pack_levels(levels: Tensor, bits: int) -> Tensor:
     return pack_bits((levels - levels.min()).to(torch.uint8), bits) if bits else torch.zeros(0, dtype=torch.uint8)
 
 
-def unpack_levels(name: str, packed: NDArray, bits: int, count: int) -> Tensor:
+def unpack_levels(name: str, packed: Tensor, bits: int, count: int) -> Tensor:
     """Unpack `count` levels, int16; raises ValueError, naming the tensor, if there are more or fewer bytes."""
-    if packed.size != packed_bytes(count, bits):
-        raise ValueError(f"{name} must be {packed_bytes(count, bits)} bytes, got {packed.size}")
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(f"{name} must be {packed_bytes(count, bits)} bytes, got {packed.numel()}")
     if not bits:
-        return torch.zeros(count, dtype=torch.int16)
-    return unpack_bits(torch.from_numpy(packed), bits, count).short()
+        return torch.zeros(count, dtype=torch.int16, device=packed.device)
+    return unpack_bits(packed, bits, count).short()

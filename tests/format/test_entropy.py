@@ -12,7 +12,8 @@ import torch
 from entropy_reader import read_codes
 from oracles import generator
 
-from sgpt_lightning.format.entropy import coded_size, decode, decode_all, encode
+from sgpt_lightning.format.decoding import decode, decode_all
+from sgpt_lightning.format.entropy import coded_size, encode
 
 LIMIT = 2**24 - 1
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
