@@ -4,17 +4,27 @@ To second order, and with the Fisher matrix in place of the Hessian of the loss,
 E[g_i^2] E[e_i^2] / 2 a token, where g_i is the gradient of the summed next-token cross-entropy at that output (rows
 taken as independent; compare the empirical Fisher of WoodFisher, arXiv 2004.14340, section 3). The squared gradients
 differ by orders of magnitude between rows and between linears, so they tell where zeros and bits are cheap.
+
+Going backwards needs what each block computed forwards. Where that is too much to keep, only what enters the blocks is
+kept, and each block runs once more when its turn comes (Chen et al., arXiv 1604.06174).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from sgpt_lightning.calibration.collector import FiniteFlags
 from sgpt_lightning.models.batches import model_inputs
+from sgpt_lightning.models.linears import weight_matrix
+
+KEPT_BYTES = 2**30
+"""What the outputs of all watched linears may take in one batch before blocks are run twice."""
 
 
 class OutputGradients:
@@ -23,11 +33,16 @@ class OutputGradients:
     Args:
         model: a causal language model in eval mode, with `get_input_embeddings`; its parameters get no gradients.
         linears: the linears to watch, by name.
+        blocks: its decoder blocks, which run twice where memory would not hold them all.
     """
 
-    def __init__(self, model: Any, linears: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: Any, linears: Mapping[str, nn.Module], blocks: Sequence[nn.Module] = ()) -> None:
         self._model = model
         self._linears = linears
+        self._blocks = blocks
+        self._token_bytes = sum(
+            weight_matrix(linear).shape[0] * weight_matrix(linear).element_size() for linear in linears.values()
+        )
         self._sums: dict[str, Tensor] = {}
         self._finite = FiniteFlags()
         self.tokens = 0
@@ -49,8 +64,9 @@ class OutputGradients:
         handles += [
             linear.register_forward_hook(self._watch(name, batch_index)) for name, linear in self._linears.items()
         ]
+        kept = batch["input_ids"].numel() * self._token_bytes
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), _run_twice(self._blocks) if kept > KEPT_BYTES else nullcontext():
                 logits = self._model(**model_inputs(batch)).logits[:, :-1].float()
                 labels = batch["input_ids"][:, 1:]
                 mask = batch.get("attention_mask")
@@ -90,3 +106,18 @@ class OutputGradients:
             output.register_hook(backward)
 
         return forward
+
+
+@contextmanager
+def _run_twice(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep nothing of what the blocks compute but what enters them."""
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -33,7 +33,7 @@ class GuidedCalibration:
         self._then = then
         self._next = then(plans)
         self._count = BatchCount()
-        self._gradients = OutputGradients(model, linears)
+        self._gradients = OutputGradients(model, linears, plans.decoder.blocks)
         self._collector = InputCollector(linears if recipe.scope == "model" else {}, tf32)
 
     @property

@@ -168,7 +168,7 @@ class RunRecord:
     model: str | None = None
     """Name, directory or hub id of the dense model."""
     calibration: dict[str, Any] = field(default_factory=dict)
-    """`mode`, `tf32_moments`, and the `protocol` of the calibration text."""
+    """`mode`, `tf32_moments`, `column_loops` (`triton` or `torch`), and the `protocol` of the calibration text."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The settings of `Recipe`."""
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)

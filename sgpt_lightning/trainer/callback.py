@@ -21,6 +21,7 @@ from sgpt_lightning.calibration.checks import check_batch, least_bytes
 from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
 from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.checkpoint.save import save_or_rescue
+from sgpt_lightning.core.paths import loop_path
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import RunRecord, SolvedLinear
@@ -204,6 +205,7 @@ class SparseGPTCallback(Callback):
             calibration={
                 "mode": self.calibration,
                 "tf32_moments": self.tf32_moments,
+                "column_loops": loop_path(pl_module.device),
                 "protocol": calibration_protocol(trainer, self._seen),
             },
             recipe=asdict(self.recipe),

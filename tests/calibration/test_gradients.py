@@ -7,6 +7,7 @@ import torch
 from models_for_tests import make_batches, make_model, make_padded_batches
 from torch import Tensor, nn
 
+import sgpt_lightning.calibration.gradients
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.models.blocks import find_decoder_blocks
@@ -55,6 +56,31 @@ def test_row_weights_are_mean_squared_gradients_of_the_outputs(family, make):
         found = gradients.row_weights(name)
         assert found.shape == (getattr(linear, "out_features", getattr(linear, "nf", None)),)
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-9)  # float32, two orders of summation
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gemma2", "falcon"])
+def test_blocks_that_run_twice_give_the_same_gradients_and_keep_only_what_enters_them(family, monkeypatch):
+    model, batches = make_model(family), make_padded_batches(2)
+    decoder = find_decoder_blocks(model)
+
+    def observed(limit: int) -> tuple[dict[str, Tensor], int]:
+        """Row weights, and how many numbers were kept for going backwards."""
+        monkeypatch.setattr(sgpt_lightning.calibration.gradients, "KEPT_BYTES", limit)
+        gradients, kept = OutputGradients(model, decoder.linears(), decoder.blocks), []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for index, batch in enumerate(batches):
+                gradients.observe(index, batch)
+        return {name: gradients.row_weights(name) for name in decoder.linears()}, sum(kept)
+
+    (once, all_kept), (twice, few_kept) = observed(2**30), observed(0)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert few_kept < all_kept / 2
+    assert not any("forward" in block.__dict__ for block in decoder.blocks)
 
 
 def test_an_error_of_one_output_costs_half_its_row_weight_to_second_order():

@@ -125,6 +125,25 @@ def test_halves_that_are_multiplied_as_they_are_give_the_same_moments(dtype, mon
     assert products == 5 * [(dtype, dtype, torch.float32)]
 
 
+def test_tensor_cores_sum_few_tokens_at_a_time(monkeypatch):
+    """Tensor cores round towards zero: what is left of a Hessian around a large mean would not be positive definite."""
+    summed = []
+
+    def multiply(left, right, out_dtype):
+        summed.append(len(right))
+        return (left.double() @ right.double()).to(out_dtype)
+
+    monkeypatch.setattr(sgpt_lightning.core.moments, "multiplies_exactly", lambda x: True)
+    monkeypatch.setattr(torch, "mm", multiply)
+    inputs = correlated_inputs(2500, FEATURES).half()
+    statistics = InputStatistics(FEATURES)
+    statistics.add(inputs[:300])
+    statistics.add(inputs[300:])
+    assert sum(summed) == 2500
+    assert max(summed) <= 1024
+    assert_same(statistics, moments(inputs.float()))
+
+
 def test_halves_on_the_cpu_are_multiplied_in_float32():
     assert not multiplies_exactly(torch.zeros(1, dtype=torch.float16))
     assert not multiplies_exactly(torch.zeros(1))

@@ -109,6 +109,7 @@ def test_report_json_adds_up(run):
     assert report["model"] == run["dense"]
     assert report["calibration"]["protocol"]["windows"] == 20
     assert "torch" in report["versions"]
+    assert report["calibration"]["column_loops"] == "torch"  # in Triton on a GPU
     for linear in report["linears"]:
         expected = 0.25 if linear["name"].endswith("fc2") else 0.5
         assert linear["sparsity"] == pytest.approx(expected, abs=1 / linear["weights"])
