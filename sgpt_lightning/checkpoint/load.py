@@ -8,7 +8,6 @@ then is the model allocated. No code is loaded, and no file from elsewhere. Ever
 import contextlib
 import copy
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,11 @@ from torch import Tensor, nn
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
 from sgpt_lightning.format.manifest import CONFIG, GENERATION_CONFIG, Manifest, check_files
-from sgpt_lightning.format.packing import unpack_weight, unpack_weights
+from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.models.linears import is_conv1d
 
-UNPACKED_AT_ONCE = 2 << 20
-"""Weights that are unpacked side by side: 60 MB at work; 8 times as many are 10 % faster."""
 MAX_BUFFER_BYTES = 16 << 20
 """Bytes of tables that a model may compute for itself (rotary angles), past the bytes of its parameters."""
 SMALL_TABLE = 1024
@@ -240,7 +237,7 @@ def _allocate(stored: _Stored, dtype: torch.dtype, attn_implementation: str | No
 
 
 def _fill(model: nn.Module, stored: _Stored, packed: Mapping[str, PackedWeight]) -> None:
-    """Copy the stored tensors into the model, at most `UNPACKED_AT_ONCE` unpacked weights, or one, at a time."""
+    """Copy the stored tensors into the model, packed weights some at a time."""
     wanted: dict[str, list[Tensor]] = {name: [] for name in packed}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -250,24 +247,10 @@ def _fill(model: nn.Module, stored: _Stored, packed: Mapping[str, PackedWeight])
                 wanted[owner].append(tensor)
             else:
                 tensor.copy_(stored.tensors[source])
-        for names in _some_at_once(packed):
+        for names in some_at_once(packed):
             for name, weight in zip(names, _unpacked(stored, names, packed), strict=True):
                 for tensor in wanted[name]:
                     tensor.copy_(weight.T if is_conv1d(model.get_submodule(name)) else weight)
-
-
-def _some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
-    names: list[str] = []
-    room = UNPACKED_AT_ONCE
-    for name, weight in packed.items():
-        size = math.prod(weight.spec.shape)
-        if names and size > room:
-            yield names
-            names, room = [], UNPACKED_AT_ONCE
-        names.append(name)
-        room -= size
-    if names:
-        yield names
 
 
 def _unpacked(stored: _Stored, names: Sequence[str], packed: Mapping[str, PackedWeight]) -> list[Tensor]:

@@ -41,7 +41,7 @@ weights hold the zero point, which only the grid `zero-point` has), `bitmap`, an
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.decoding import decode_all
 from sgpt_lightning.format.entropy import encode
 from sgpt_lightning.format.layout import CODED_STREAMS, PackedWeight, WeightSpec, check_sizes, origin_name
+
+UNPACKED_AT_ONCE = 2 << 20
+"""Weights that are unpacked side by side: 60 MB at work; with eight times as many, small linears are 10 % faster."""
 
 
 def pack_weight(solution: Solution) -> PackedWeight:
@@ -128,6 +131,21 @@ def unpack_weights(matrices: Sequence[PackedWeight]) -> list[Tensor]:
         check_sizes(packed)
     coded = iter(_unpack_coded([packed for packed in matrices if packed.spec.layout == "coded"]))
     return [next(coded) if packed.spec.layout == "coded" else _unpack_fixed(packed) for packed in matrices]
+
+
+def some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
+    """Yield names, in order, of as many matrices as `unpack_weights` may take: `UNPACKED_AT_ONCE` weights, or one."""
+    names: list[str] = []
+    room = UNPACKED_AT_ONCE
+    for name, weight in packed.items():
+        size = math.prod(weight.spec.shape)
+        if names and size > room:
+            yield names
+            names, room = [], UNPACKED_AT_ONCE
+        names.append(name)
+        room -= size
+    if names:
+        yield names
 
 
 def _unpack_fixed(packed: PackedWeight) -> Tensor:

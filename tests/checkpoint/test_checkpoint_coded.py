@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from sgpt_lightning.checkpoint import load
 from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.format import packing
 from sgpt_lightning.format.directory import CheckpointError
 from sgpt_lightning.recipe import Recipe
 
@@ -24,7 +25,7 @@ def test_however_many_are_unpacked_at_once_the_model_is_the_same(coded, monkeypa
     monkeypatch.setattr(load, "unpack_weights", lambda some: (batches.append(len(some)), plain(some))[1])
     states = []
     for weights in (1, 10_000, 1 << 30):
-        monkeypatch.setattr(load, "UNPACKED_AT_ONCE", weights)
+        monkeypatch.setattr(packing, "UNPACKED_AT_ONCE", weights)
         states.append(load_compressed(coded).state_dict())
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
     linears = batches[-1]
@@ -46,7 +47,7 @@ def test_a_damaged_stream_is_an_error_that_names_its_linear(coded, tmp_path, mon
     tensors[streams[number]].view(torch.int16)[2] ^= 1
     save_file(tensors, path, metadata={"format": "pt"})
     forge(tmp_path / "model")
-    monkeypatch.setattr(load, "UNPACKED_AT_ONCE", weights)
+    monkeypatch.setattr(packing, "UNPACKED_AT_ONCE", weights)
     owner = streams[number].removesuffix(".weight_stream")
     with pytest.raises(CheckpointError, match=rf"{MANIFEST} does not describe {owner}: words of 1 streams"):
         load_compressed(tmp_path / "model")
