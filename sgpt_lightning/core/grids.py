@@ -108,6 +108,12 @@ class Grid(NamedTuple):
             origin = (origin * (top / top_step(self.kind, self.max_bits))).round()
         return Scale(self.kind, top, step, origin)
 
+    def of_all(self, bits: int, in_features: int) -> Scale:
+        """Return the scale where all columns have one width; it broadcasts with the matrix."""
+        if self.group_size is None:
+            return self.at(bits)
+        return self.at(bits, torch.arange(in_features, device=self.span.device) // self.group_size)
+
     def at_rows(self, widths: Tensor, segments: Tensor | slice = slice(None)) -> Scale:
         """Return the scale where each row has a width, float32 `[out_features, len(segments)]`, top one per row."""
         scales = {bits: self.at(bits, segments) for bits in torch.unique(widths).tolist()}
@@ -165,11 +171,14 @@ def stored_dtype(span: Tensor, origin: Tensor | None = None) -> torch.dtype:
 
 def quantize_matrix(weight: Tensor, widths: Tensor, grid: Grid) -> Tensor:
     """Return the codes of the nearest levels, uint8 `[out_features, in_features]`; arguments as below."""
+    if grid.axis == "output":
+        return grid.at_rows(widths, grid.segments(widths, weight.shape[1])).quantize(weight).to(torch.uint8)
+    used = torch.unique(widths).tolist()
+    if len(used) == 1:
+        return grid.of_all(used[0], weight.shape[1]).quantize(weight).to(torch.uint8)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     segments = grid.segments(widths, weight.shape[1])
-    if grid.axis == "output":
-        return codes.copy_(grid.at_rows(widths, segments).quantize(weight))
-    for bits in torch.unique(widths).tolist():
+    for bits in used:
         columns = widths == bits
         codes[:, columns] = grid.at(bits, segments[columns]).quantize(weight[:, columns]).to(torch.uint8)
     return codes
@@ -186,11 +195,14 @@ def dequantize_matrix(codes: Tensor, widths: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 `[out_features, in_features]`.
     """
-    segments = grid.segments(widths, codes.shape[1])
     if grid.axis == "output":
-        return grid.at_rows(widths, segments).dequantize(codes.float())
+        return grid.at_rows(widths, grid.segments(widths, codes.shape[1])).dequantize(codes.float())
+    used = torch.unique(widths).tolist()
+    if len(used) == 1:
+        return grid.of_all(used[0], codes.shape[1]).dequantize(codes.float())
     weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for bits in torch.unique(widths).tolist():
+    segments = grid.segments(widths, codes.shape[1])
+    for bits in used:
         columns = widths == bits
         weight[:, columns] = grid.at(bits, segments[columns]).dequantize(codes[:, columns].float())
     return weight

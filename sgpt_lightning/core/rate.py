@@ -124,11 +124,12 @@ def solve_rates(linears: Sequence[RateProblem], budgets: Sequence[float], coded_
     """
     searches = [_Search(*each, coded_size) for each in zip(linears, budgets, strict=True)]
     for _ in range(MOST_SWEEPS):
-        swept = sweep_at(linears, [2.0**search.octave for search in searches])
-        for search, codes in zip(searches, swept, strict=True):
-            search.saw(codes, 8 * (coded_size(codes) + search.linear.side_bytes))
-        if all(search.ended for search in searches):
+        unsettled = [search for search in searches if not search.settled]
+        if not unsettled:
             break
+        swept = sweep_at([search.linear for search in unsettled], [2.0**search.octave for search in unsettled])
+        for search, codes in zip(unsettled, swept, strict=True):
+            search.saw(codes, 8 * (coded_size(codes) + search.linear.side_bytes))
     return [search.result() for search in searches]
 
 
@@ -155,7 +156,7 @@ class _Search:
             )
         self.octave = nearest_octave(linear, budget, coded_size)
         """log2 of the level to be tried next."""
-        self.ended = False
+        self.settled = False
         self._sweeps = 0
         self._fits: _Tried | None = None
         self._exceeds: _Tried | None = None
@@ -163,8 +164,6 @@ class _Search:
 
     def saw(self, codes: Tensor, bits: int) -> None:
         """Note what a sweep at the present level took, and move on."""
-        if self.ended:
-            return
         self._sweeps += 1
         tried = _Tried(self.octave, bits)
         if bits > self.budget:
@@ -172,7 +171,7 @@ class _Search:
         elif self._fits is None or bits > self._fits.bits:
             self._fits, self._codes = tried, codes
         close = self._fits is not None and self._fits.bits >= self.budget * (1 - _CLOSE)
-        self.ended = close or (self._fits is not None and self._sweeps >= SWEEPS)
+        self.settled = close or (self._fits is not None and self._sweeps >= SWEEPS)
         self.octave = self._next(tried)
 
     def _next(self, tried: _Tried) -> float:

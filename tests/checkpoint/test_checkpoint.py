@@ -37,6 +37,7 @@ RECIPES = {
     "pruned": Recipe(sparsity=0.5, target_avg_bits=None),
     "pruned-pattern": Recipe(pattern="3:4", target_avg_bits=None),
     "partly": Recipe(sparsity=0.5, ignore=["*.1.*"]),
+    "coded": Recipe(coding="entropy", target_bits_per_weight=5.0),
 }
 PROBE = make_tokens(2, 10, seed=99)
 
@@ -153,7 +154,7 @@ def test_a_reader_written_from_the_description_finds_the_same_weights(family, re
     assert_independent_reader_agrees(tmp_path / "out", model)
     layouts = {entry["spec"]["layout"] for entry in manifest.linears.values()}
     expected = {"pattern": "pattern", "pruned-pattern": "pattern", "quantized": "dense", "low-sparsity": "dense"}
-    expected |= {"row-widths": "dense", "groups": "dense"}
+    expected |= {"row-widths": "dense", "groups": "dense", "coded": "coded"}
     assert layouts == {expected.get(recipe, "bitmap")}
 
 

@@ -17,7 +17,12 @@ from sgpt_lightning.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 DAMAGES, FORGERIES = 150, 40  # per family (and file); 9,720 of both found no third outcome
 PROBE = make_tokens(1, 8)
-RECIPES = {"opt": Recipe(pattern="2:4", target_avg_bits=4.0), "gpt2": Recipe(), "llama": Recipe(target_avg_bits=None)}
+RECIPES = {
+    "opt": Recipe(pattern="2:4", target_avg_bits=4.0),
+    "gpt2": Recipe(),
+    "llama": Recipe(target_avg_bits=None),
+    "mistral": Recipe(coding="entropy", target_bits_per_weight=5.0),
+}
 ODD = (None, True, -1, 0, 3, 2**31, 10**30, 0.5, -1e300, "", "x", "../x", [], [1, 2], [["x"]], {}, {"x": 1})
 
 
