@@ -1,10 +1,10 @@
-"""The decoder on a GPU against the one in numpy; a script, not a test: it needs torch, numpy and Triton, nothing else.
+"""Decoder and encoder on a GPU against numpy; a script, not a test: it needs torch, numpy, Triton and nothing else.
 
     PYTHONPATH=. python tests/kernels/gpu_check_decode.py
     PYTHONPATH=. python tests/kernels/gpu_check_decode.py --shapes 768x3072 --bits 1 3 6
 
-For each shape (out_features x in_features) and about so many bits a code: whether both find the same codes, weights and
-faults, the median milliseconds of five runs after one, of everything from tensors on the GPU to codes on the GPU (and
+For each shape (out_features x in_features) and about so many bits a code: whether both give the same codes, bytes,
+weights and faults, the median milliseconds of five runs after one, of everything from tensors on the GPU to codes on the GPU (and
 of the launch alone), and codes a second. Then many small matrices at once, damaged streams, and `coded_size`.
 """
 
@@ -72,9 +72,12 @@ def launch_alone(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Callable
 
 def check(rows: int, columns: int, bits: int) -> None:
     codes = made(rows, columns, bits)
+    on_cpu = codes.cpu()
     started = time.perf_counter()
-    encoded = encode(codes)
+    encoded = encode(on_cpu)
     encode_ms = 1e3 * (time.perf_counter() - started)
+    by_kernel, written_ms = timed(lambda: encode(codes))
+    bytes_alike = list(by_kernel) == list(encoded) and all(torch.equal(by_kernel[n], encoded[n]) for n in encoded)
     tensors = {name: tensor.to(DEVICE) for name, tensor in encoded.items()}
     started = time.perf_counter()
     by_numpy = decode(encoded, (rows, columns))
@@ -83,12 +86,12 @@ def check(rows: int, columns: int, bits: int) -> None:
     _, alone = timed(launch_alone(tensors, (rows, columns)))
     parsed = timed(lambda: decoding._parse([decoding._check_tensors(tensors, (rows, columns))], [(rows, columns)]))[1]
     on = found.device.type == DEVICE.type
-    same = torch.equal(found, codes) and torch.equal(by_numpy, codes.cpu())
+    same = torch.equal(found, codes) and torch.equal(by_numpy, on_cpu)
     total = 8 * sum(t.nbytes for t in encoded.values()) / codes.numel()
     print(
         f"{rows}x{columns} {total:6.3f} bits: codes alike {same and on}, {ms:8.2f} ms = {codes.numel() / ms / 1e6:7.2f}"
-        f" billion codes a second; launch {alone:.2f} ms, header and tables {parsed:.2f} ms; on the CPU decode"
-        f" {numpy_ms:.0f} ms, encode {encode_ms:.0f} ms",
+        f" billion codes a second; launch {alone:.2f} ms, header and tables {parsed:.2f} ms, on the CPU {numpy_ms:.0f}"
+        f" ms; bytes alike {bytes_alike}, encoded in {written_ms:.2f} ms, on the CPU in {encode_ms:.0f} ms",
         flush=True,
     )
 
