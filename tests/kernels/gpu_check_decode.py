@@ -4,13 +4,15 @@
     PYTHONPATH=. python tests/kernels/gpu_check_decode.py --shapes 768x3072 --bits 1 3 6
 
 For each shape (out_features x in_features) and about so many bits a code: whether both give the same codes, bytes,
-weights and faults, the median milliseconds of five runs after one, of everything from tensors on the GPU to codes on the GPU (and
-of the launch alone), and codes a second. Then many small matrices at once, damaged streams, and `coded_size`.
+weights and faults, the median milliseconds of five runs after one, of everything from tensors on the GPU to codes on
+the GPU (and of the launch alone), and codes a second. Then many small matrices at once, damaged streams, and
+`coded_size`. A case that fails prints its traceback, and the next one follows.
 """
 
 import argparse
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -146,6 +148,19 @@ def check_damage(trials: int = 300) -> None:
     print(f"{trials} damages: {refused} refused, the decoders disagree on {disagree}")
 
 
+def attempt(case: Callable[..., None], *arguments: int) -> None:
+    try:
+        case(*arguments)
+    except Exception:  # noqa: BLE001 - the other cases are wanted all the same
+        print(f"{case.__name__}{arguments}: FAILED")
+        traceback.print_exc()
+
+
+def time_sizes(rows: int, columns: int) -> None:
+    codes = made(rows, columns, 3)
+    print(f"{rows}x{columns} coded_size {timed(lambda: coded_size(codes))[1]:.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["37x200", "768x768", "768x3072", "4096x4096", "4096x16384"])
@@ -162,16 +177,15 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes]
     for rows, columns in shapes:
         for bits in arguments.bits:
-            check(rows, columns, bits)
-    check(200, 300, 12)  # low bits and escapes
+            attempt(check, rows, columns, bits)
+    attempt(check, 200, 300, 12)  # low bits and escapes
     for rows, columns in shapes[-2:]:
-        check_weights(rows, columns)
+        attempt(check_weights, rows, columns)
     if not arguments.no_many:
-        check_many()
-        check_damage()
+        attempt(check_many)
+        attempt(check_damage)
     for rows, columns in shapes:
-        codes = made(rows, columns, 3)
-        print(f"{rows}x{columns} coded_size {timed(lambda codes=codes: coded_size(codes))[1]:.2f} ms")
+        attempt(time_sizes, rows, columns)
     print(f"refused: {paths._refused or 'nothing'}")
 
 
