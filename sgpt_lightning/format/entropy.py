@@ -127,6 +127,7 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
     _check_codes(codes)
     if not codes.numel():
         return {}
+    codes = codes.contiguous()
     model = _model(codes)
     sizes = _sizes(codes, model)
     escaped = model.heads.abs() > model.tables.largest.int()[model.chosen.int()]
