@@ -25,7 +25,7 @@ import published_sparsegpt
 import torch
 from torch import Tensor, nn
 
-from sgpt_lightning.calibration import solving
+from sgpt_lightning.calibration import sequential, solving
 from sgpt_lightning.calibration.collector import input_groups, watched_inputs
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.any_model import load_model
@@ -196,7 +196,7 @@ def _phases(device: torch.device) -> Iterator[Mapping[str, float]]:
         ("sweep", linear, "sweep"),
         ("rest of the solve", solving, "compress_linears"),
         ("pack", solving, "pack_weight"),
-        ("pack", solving, "unpack_weight"),
+        ("pack", sequential, "check_stored"),
     )
     with ExitStack() as stack:
         for phase, owner, name in places:
