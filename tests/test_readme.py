@@ -82,6 +82,18 @@ def test_every_row_of_the_readmes_table_is_a_row_of_the_benchmark():
     assert methods == ["dense", *script("benchmark_quality")["ROWS"]]
 
 
+def test_the_figure_is_drawn_from_the_readmes_table(tmp_path):
+    figure = tmp_path / "figure.png"
+    script("benchmark_quality")["main"](["--redraw", str(ROOT / "README.md"), "--figure", str(figure)])
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    rows = script("benchmark_quality")["read_table"](README)
+    assert rows[0] == {"method": "dense", "family": "dense", "bits_per_weight": 16, "file_bytes": 17.09e6} | {
+        "python-docs": 29.32
+    }
+    families = {row["method"]: row["family"] for row in rows}
+    assert (families["rate-coded 3"], families["GPTQ 3 bit"], families["best, 50 %"]) == ("ours", "rival", "ours")
+
+
 def test_the_solver_benchmark_runs_and_both_solve_the_same_problem(two_blocks, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     options = ["--model", str(two_blocks), "--windows", "2", "--repeats", "1", "--no-fail", "--device", "cpu"]
