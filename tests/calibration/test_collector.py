@@ -1,5 +1,8 @@
 """What is collected while a block runs, against the inputs of the block's own norms."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models_for_tests import make_batches, make_model
@@ -142,3 +145,19 @@ def test_a_linear_that_was_never_run_has_no_statistics():
         ValueError, match=r"^fc1 saw no token during calibration: nothing calls it; put it into `ignore`$"
     ):
         InputCollector({"fc1": nn.Linear(2, 2)}).statistics("fc1")
+
+
+def test_a_block_that_is_broken_off_leaves_nothing_of_its_batch_behind():
+    model = make_model("opt")
+    decoder, outputs = find_decoder_blocks(model), []
+    replay = BlockReplay(model, decoder.blocks)
+    hidden, calls = replay.prologue(make_batches(1)[0])
+    decoder.blocks[0].fc1.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        for _ in range(2):
+            with watched_inputs(decoder.linears(0)):
+                replay.run(0, hidden, calls[0])
+        assert [output() for output in outputs] == [None, None]
+    finally:
+        gc.enable()
