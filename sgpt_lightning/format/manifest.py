@@ -2,7 +2,7 @@
 
 `sha256` is the SHA-256 of all fields but `format`, `format_version` and itself, as JSON with sorted keys, no spaces and
 ASCII only, so neither a plan nor a reported figure can change unnoticed. A fault of any kind is a CheckpointError that
-names the file. Versions 1 and 2 are read as well.
+names the file. Versions 1 to 4 are read as well.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.layout import WeightSpec
+from sgpt_lightning.format.ledger import Ledger
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -38,39 +39,6 @@ _PERPLEXITY: dict[str, Any] = {
     "compressed": dict[str, float | None],
     "protocol": dict[str, dict[str, Any]],
 }
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Where the bytes of the weight files went; the four parts add up to the size of the files."""
-
-    linears: int
-    """Weights of the linears in decoder blocks: codes, values, masks, ranges, zero points, widths."""
-    embeddings: int
-    """Token and position embeddings and an untied output head."""
-    other: int
-    """Biases, norms and whatever else the model holds."""
-    headers: int
-    """Names, shapes and offsets, as safetensors writes them."""
-    linear_weights: int
-    """Entries of the linears' matrices, removed ones included."""
-    parameters: int
-    """Entries of all parameters of the dense model, tied ones once."""
-
-    @property
-    def file(self) -> int:
-        """Bytes of all weight files."""
-        return self.linears + self.embeddings + self.other + self.headers
-
-    @property
-    def linear_bits_per_weight(self) -> float:
-        """True bits per weight over the linears of decoder blocks."""
-        return 8 * self.linears / max(self.linear_weights, 1)
-
-    @property
-    def file_bits_per_weight(self) -> float:
-        """True bits per parameter over the whole file."""
-        return 8 * self.file / max(self.parameters, 1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +70,8 @@ class Manifest:
     """Tied tensors: name in the model -> name in the file."""
     linears: dict[str, dict[str, Any]]
     """Per compressed linear: `spec` (how to unpack it) and `report` (how it went)."""
+    embeddings: dict[str, dict[str, Any]]
+    """The same per embedding table or output head whose weight is packed."""
     ledger: Ledger
     files: dict[str, FileEntry]
     """Every other file of the directory: weights, `config.json`, generation settings, the tokenizer's."""
@@ -112,6 +82,11 @@ class Manifest:
     def record(self) -> RunRecord:
         """What `run` says, in typed fields."""
         return RunRecord.from_dict(self.run)
+
+    @property
+    def packed(self) -> dict[str, WeightSpec]:
+        """How to unpack each packed weight, linears first."""
+        return {name: WeightSpec.from_dict(entry["spec"]) for name, entry in (self.linears | self.embeddings).items()}
 
     @property
     def weight_files(self) -> list[str]:
@@ -141,6 +116,8 @@ class Manifest:
             content = _brought_up(content, version, path)
         elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
+        if version < _FIRST_WITH_EMBEDDINGS:
+            content = _with_what_came_later(content)
         faults = _faults(content)
         if faults:
             raise CheckpointError(f"{path} is incomplete or odd ({'; '.join(faults[:4])}); compress the model again")
@@ -175,6 +152,16 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 _FIRST_WITH_CHECKSUM = 3
 """Version 4 differs from it by the layout `coded` alone."""
+_FIRST_WITH_EMBEDDINGS = 5
+"""Before, no embedding was packed, and the ledger did not tell what packed weights hold."""
+
+
+def _with_what_came_later(content: dict[str, Any]) -> dict[str, Any]:
+    ledger = content.get("ledger")
+    return content | {
+        "embeddings": {},
+        "ledger": ledger | {"packed": {}} if isinstance(ledger, dict) else ledger,
+    }
 
 
 def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
@@ -209,7 +196,11 @@ def _faults(content: dict[str, Any]) -> list[str]:
         return faults
     faults = [f"{key} is {content[key]!r}" for key in ("compute_dtype", "storage_dtype") if content[key] not in DTYPES]
     faults += _faults_of_files(content["files"], Ledger(**content["ledger"]))
-    faults += [fault for name, entry in content["linears"].items() for fault in _faults_of_linear(name, entry)]
+    packed = [*content["linears"].items(), *content["embeddings"].items()]
+    faults += [fault for name, entry in packed for fault in _faults_of_packed(name, entry)]
+    faults += [
+        f"{name} is among linears and embeddings" for name in content["linears"] if name in content["embeddings"]
+    ]
     faults += [f"run: {fault}" for fault in _wrong_types(content["run"], _RUN)]
     return faults or [f"run.perplexity: {f}" for f in _wrong_types(content["run"].get("perplexity", {}), _PERPLEXITY)]
 
@@ -218,7 +209,7 @@ def _faults_of_files(files: Mapping[str, Any], ledger: Ledger) -> list[str]:
     faults = [f"{name!r} is no name of a file in the directory" for name in files if not _is_inside(name)]
     faults += [] if CONFIG in files else [f"{CONFIG} is not among the files"]
     weights = sum(entry["bytes"] for name, entry in files.items() if WEIGHT_FILE.fullmatch(name))
-    if weights != ledger.file or min(asdict(ledger).values()) < 0:
+    if weights != ledger.file or ledger.least < 0:
         faults.append(f"the ledger adds up to {ledger.file} bytes, the weight files to {weights}")
     return faults
 
@@ -228,7 +219,7 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and "\\" not in name and "/".join(parts) == name and not {"..", "/", MANIFEST} & set(parts)
 
 
-def _faults_of_linear(name: str, entry: Mapping[str, Any]) -> list[str]:
+def _faults_of_packed(name: str, entry: Mapping[str, Any]) -> list[str]:
     if entry.keys() != {"spec", "report"}:
         return [f"{name} has the fields {sorted(entry)}, not spec and report"]
     try:
