@@ -70,7 +70,7 @@ def plan_embeddings(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     for name, table in tables.items():
         weight = weight_matrix(table)
         bits[name] = recipe.embedding_bits * weight.numel()
-        least = least_table_bits((weight.shape[0], weight.shape[1]), coded_size)
+        least = least_table_bits(weight, coded_size)
         if least > bits[name]:
             offenders.append(f"{name} takes {least / weight.numel():.3f} bits a weight with all codes 0")
         if not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):

@@ -52,10 +52,12 @@ def unpacked_contents(
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
+        if name in weights:
+            continue
         first = first_name.setdefault(_place(tensor), name) if tensor.numel() else name
         if first != name:
             aliases[name] = first
-        elif name not in weights:
+        else:
             tensors[name] = _smallest_lossless(tensor.detach(), storage_dtype)
     return tensors | {name: table.detach() for name, table in stored_tables(model).items()}, aliases
 

@@ -90,7 +90,7 @@ def save_compressed(
             aliases=aliases,
             linears={name: _entry(linear) for name, linear in solved.items() if name in linears},
             embeddings={name: _entry(table) for name, table in solved.items() if name not in linears},
-            ledger=_ledger(partial, model, tensors),
+            ledger=_ledger(partial, model, tensors, solved),
             files={name: FileEntry.of(partial / name) for name in _files(partial)},
             run=dict(run or {}),
         )
@@ -169,7 +169,9 @@ def _entry(solved: SolvedLinear) -> dict[str, Any]:
     return {"spec": solved.packed.spec.to_dict(), "report": solved.report.to_dict()}
 
 
-def _ledger(directory: Path, model: nn.Module, tensors: dict[str, Tensor]) -> Ledger:
+def _ledger(
+    directory: Path, model: nn.Module, tensors: dict[str, Tensor], solved: Mapping[str, SolvedLinear]
+) -> Ledger:
     linears = find_decoder_blocks(model).linears()
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -180,7 +182,7 @@ def _ledger(directory: Path, model: nn.Module, tensors: dict[str, Tensor]) -> Le
         owner, _, leaf = name.rpartition(".")
         part = "linears" if owner in linears and leaf != "bias" else "embeddings" if owner in embeddings else "other"
         sizes[part] += tensor.nbytes
-        if leaf.startswith("weight_"):
+        if owner in solved and leaf.startswith("weight_"):
             kinds[leaf.removeprefix("weight_")] += tensor.nbytes
     return Ledger(
         **sizes,

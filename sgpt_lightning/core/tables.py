@@ -6,27 +6,21 @@ costs in proportion, as that of a linear's output does (`rate.py`), and its scal
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.rate import GAUSSIAN_BITS, LARGEST_CODE, CodedSize
 from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, SolveError, power_of_two
-
-CodedSize = Callable[[Tensor], int]
-"""Bytes that codes, int32 `[rows, columns]`, take when they are coded."""
 
 _CLOSE = 0.0005
 """Part of the bits that may be left over when the search ends early."""
 _MOST_TRIALS = 16
-_GAUSSIAN_BITS = 2.05
-"""Entropy of a Gaussian of unit variance in steps of 1: log2(sqrt(2 pi e))."""
-_LARGEST_CODE = 2**22
 
 
-def least_table_bits(shape: tuple[int, int], coded_size: CodedSize) -> float:
-    """Return the bits that a table (rows, columns) takes in all with codes that are all 0."""
-    return 8 * (coded_size(torch.zeros(shape, dtype=torch.int32)) + _side_bytes(shape))
+def least_table_bits(weight: Tensor, coded_size: CodedSize) -> int:
+    """Return the bits that a table `[rows, columns]` takes in all with codes that are all 0."""
+    return 8 * (coded_size(torch.zeros_like(weight, dtype=torch.int32)) + _side_bytes(weight))
 
 
 def round_table(
@@ -52,15 +46,15 @@ def round_table(
     weight = weight.detach().float()
     rows = _row_scales(weight, row_weights)
     steps = torch.zeros(weight.shape[1], dtype=torch.uint8, device=weight.device)
-    scaled, side = weight / power_of_two(rows, ROW_OCTAVE)[:, None], _side_bytes((weight.shape[0], weight.shape[1]))
+    scaled, side = weight / power_of_two(rows, ROW_OCTAVE)[:, None], _side_bytes(weight)
 
     def coded(octave: float) -> tuple[Coded, int]:
-        codes = (scaled / 2.0**octave).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int32)
+        codes = (scaled / 2.0**octave).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
         level = torch.full((1,), 2.0**octave, device=weight.device)
         return Coded(codes, level, steps, rows), 8 * (coded_size(codes) + side)
 
     rate = bits / weight.numel()
-    octave = math.log2(float(scaled.square().mean().sqrt()) or 1.0) + _GAUSSIAN_BITS - rate
+    octave = math.log2(float(scaled.square().mean().sqrt()) or 1.0) + GAUSSIAN_BITS - rate
     best, most = None, 0
     for _ in range(_MOST_TRIALS):
         tried, taken = coded(octave)
@@ -83,5 +77,5 @@ def _row_scales(weight: Tensor, row_weights: Tensor | None) -> Tensor:
     return (ROW_OCTAVE * (roots / roots.min()).log2()).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _side_bytes(shape: tuple[int, int]) -> int:
-    return 4 + sum(shape)
+def _side_bytes(weight: Tensor) -> int:
+    return 4 + sum(weight.shape)

@@ -163,7 +163,13 @@ def test_ledger_and_reports_show_what_the_tables_take(tmp_path):
     assert sum(manifest.ledger.packed.values()) == manifest.ledger.embeddings + manifest.ledger.linears
     assert manifest.ledger.packed["level"] == 4 * len(solved)
     shown = ledger_table(manifest)
-    assert f"{sum(linear.packed.tensors['weight_tables'].nbytes for linear in solved.values()):,}" not in ("", "0")
+    tables_of_the_coder = sum(
+        tensor.nbytes
+        for linear in solved.values()
+        for part, tensor in linear.packed.tensors.items()
+        if part in ("weight_tables", "weight_rows", "weight_columns")
+    )
+    assert f"{tables_of_the_coder:,}" in shown
     assert "packed weights: codes" in shown
     assert "packed weights: masks" not in shown
     assert [entry["name"] for entry in report_dict(manifest)["embeddings"]] == list(tables)

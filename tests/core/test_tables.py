@@ -63,7 +63,7 @@ def test_all_zeros_and_sixteen_bits_are_tables_too():
 
 
 def test_what_does_not_fit_and_what_is_no_number_is_refused_by_name():
-    least = least_table_bits((300, 48), coded_size)
+    least = least_table_bits(WEIGHT, coded_size)
     assert least >= 8 * (300 + 48 + 4)
     with pytest.raises(SolveError, match=r"wte does not fit into 0\.\d+ bits a weight"):
         round_table(WEIGHT, least - 8, coded_size, name="wte")
