@@ -10,7 +10,9 @@ SparseGPT with the published settings (blocks of 128 columns, 1 % damping, per-r
 in order), and the fixed-threshold mix of 2, 4 and 8 bits that this project's idea started from. Bits per weight and
 file bytes are those of the packed tensors. With several seeds, each draws its own calibration windows.
 
-Needs neither Lightning nor datasets, so it runs on a bare GPU machine.
+Needs neither Lightning nor datasets, so it runs on a bare GPU machine. The README's figure is drawn from its table:
+
+    python scripts/benchmark_quality.py --redraw README.md --figure scripts/figures/opt-mini.png
 """
 
 import argparse
@@ -73,6 +75,10 @@ def round_to_nearest(bits: int) -> Row:
 
 
 ROWS: dict[str, Row] = {
+    "rate-coded 4": ours(coding="entropy", target_bits_per_weight=4),
+    "rate-coded 3": ours(coding="entropy", target_bits_per_weight=3),
+    "rate-coded 2.5": ours(coding="entropy", target_bits_per_weight=2.5),
+    "rate-coded 2": ours(coding="entropy", target_bits_per_weight=2),
     "RTN 4 bit": round_to_nearest(4),
     "GPTQ 4 bit": ours(preset="gptq"),
     "best, dense mean 4 bit": ours(sparsity=0),
@@ -107,6 +113,9 @@ ROWS: dict[str, Row] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every row and print the table; files are written as the options say."""
     arguments = _arguments(argv)
+    if arguments.redraw:
+        results = read_table(Path(arguments.redraw).read_text())
+        return _plot(results, list(results[0])[-1], arguments.figure)
     missing = [
         path for path in (arguments.calibration, *arguments.evaluation) if "/" in path and not Path(path).exists()
     ]
@@ -156,6 +165,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="JSON file to write, after every row")
     parser.add_argument("--csv", help="CSV file to write")
     parser.add_argument("--figure", help="PNG file to write; needs matplotlib")
+    parser.add_argument("--redraw", help="draw the figure from the table in this file, and run nothing")
     return parser.parse_args(argv)
 
 
@@ -245,8 +255,21 @@ def _write_csv(results: list[dict[str, Any]], path: str) -> None:
         writer.writerows(results)
 
 
+def read_table(text: str) -> list[dict[str, Any]]:
+    """Return the results that a table of `table` shows, those of one data set, from a text that holds one."""
+    lines = text.split("<!-- table: make bench-quality -->")[-1].split("<!-- end of table -->")[0].strip().splitlines()
+    name = lines[0].split("|")[4].strip()
+    results = []
+    for line in lines[2:]:
+        method, bits, size, perplexity = (cell.strip() for cell in line.split("|")[1:5])
+        family = "dense" if method == "dense" else ROWS[method].family
+        row: dict[str, Any] = {"method": method, "family": family, "bits_per_weight": float(bits)}
+        results.append(row | {"file_bytes": float(size) * 1e6, name: float(perplexity.split()[0])})
+    return results
+
+
 def _plot(results: list[dict[str, Any]], text: str, path: str) -> None:
-    """Draw perplexity over true bits per weight, up to 5 bits, and the front of each family."""
+    """Draw perplexity over true bits per weight, up to 5 bits: all points, and a curve through the best of a family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -260,10 +283,11 @@ def _plot(results: list[dict[str, Any]], text: str, path: str) -> None:
         points = [(_mean(group, "bits_per_weight"), _mean(group, text), method) for method, group in runs.items()]
         points = sorted(point for point in points if point[0] <= 5)
         front = [point for point in points if all(point[1] <= other[1] for other in points if other[0] <= point[0])]
-        axes.step([p[0] for p in front], [p[1] for p in front], where="post", color=color, alpha=0.6, label=family)
-        axes.scatter([p[0] for p in points], [p[1] for p in points], color=color)
+        axes.plot([p[0] for p in front], [p[1] for p in front], "o-", color=color, label=f"{family}, best at its bits")
+        axes.scatter([p[0] for p in points], [p[1] for p in points], color=color, s=12, alpha=0.5)
         for bits, value, method in front:
             axes.annotate(method, (bits, value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=color)
+    axes.margins(x=0.12)
     axes.axhline(dense, color="black", linestyle=":", label=f"dense, 16 bits: {dense:.2f}")
     axes.set(xlabel="true bits per weight of the linears", ylabel=f"perplexity on {text}", yscale="log")
     axes.yaxis.set_major_formatter("{x:.0f}")

@@ -2,8 +2,9 @@
 
 A script that does `from sparsegpt import SparseGPT` and `from quant import Quantizer` keeps working when both come
 from here. What changes: a mask has exactly the asked number of zeros, tokens are counted one by one, a Hessian that
-cannot be inverted raises, and widths can be mixed under a budget. The solve is the preset `sparsegpt` of `Recipe`: the
-parts that need more than one layer's inputs (dense stream, gradients) have no place in this interface.
+cannot be inverted raises, widths can be mixed under a budget, and codes can be entropy-coded (`core/rate.py`). The
+solve is the preset `sparsegpt` of `Recipe`: the parts that need more than one layer's inputs (dense stream, gradients)
+have no place in this interface.
 """
 
 import time
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solver import LinearToSolve, compress_linears
+from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.packing import pack_weight
 from sgpt_lightning.format.records import LinearReport, describe_linear
 from sgpt_lightning.models.linears import is_conv1d, set_weight_matrix, weight_matrix
 from sgpt_lightning.presets import Allocation
-from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.recipe import Coding, Recipe
 from sgpt_lightning.report.stats import QuantizationStats
 
 DEFAULT_TARGET_AVG_BITS = 4.0
+DEFAULT_ALLOCATION: Allocation = "quantile"
 
 
 class Quantizer:
@@ -117,15 +120,16 @@ class SparseGPT:
             inp = self._patches(inp if inp.dim() == 4 else inp[None])
         statistics.add(inp)
 
-    def fasterprune(
+    def fasterprune(  # noqa: PLR0913  # the published signature, and what came to it
         self,
         sparsity: float,
         prunen: int = 0,
         prunem: int = 0,
         blocksize: int = 128,
-        percdamp: float = 0.01,
+        percdamp: float | None = None,
         target_avg_bits: float | None = None,
-        bit_allocation_method: Allocation = "quantile",
+        bit_allocation_method: Allocation = DEFAULT_ALLOCATION,
+        coding: Coding = "fixed",
     ) -> None:
         """Solve the layer from its dense weight and write the result into it.
 
@@ -136,31 +140,40 @@ class SparseGPT:
             prunen: zeros in every `prunem` consecutive inputs, 0 for unstructured pruning.
             prunem: group size of the pattern.
             blocksize: columns per block.
-            percdamp: damping as a fraction of the mean Hessian diagonal.
+            percdamp: damping as a fraction of the mean Hessian diagonal; None takes 0.01, for entropy coding 0.03.
             target_avg_bits: mean bits per surviving weight when a quantizer is set. None takes the quantizer's own
-                width for every channel, as the published code does, or 4.0 if it was never configured.
-            bit_allocation_method: how a given `target_avg_bits` is dealt to channels.
+                width for every channel, as the published code does, or 4.0 if it was never configured. With entropy
+                coding, which needs no quantizer: true bits per weight of the layer, side information included, at
+                most.
+            bit_allocation_method: how a given `target_avg_bits` is dealt to channels of fixed widths.
+            coding: `fixed` for a mask and whole bit widths, or `entropy` for whole codes on a step per input channel,
+                entropy-coded; zeros then come out of the solve.
 
         Raises:
-            ValueError: a setting is out of range, no batch was added, this object was freed, the layer was moved or
-                changed since the last solve, or its weight or what came of it holds NaN or inf. The layer is then left
-                as it was.
+            ValueError: a setting is out of range or belongs to the other coding, no batch was added, this object was
+                freed, the layer was moved or changed since the last solve, or its weight or what came of it holds NaN
+                or inf. The layer is then left as it was.
         """
         started = time.perf_counter()
         zeros = {"sparsity": sparsity} if (prunen, prunem) == (0, 0) else {"pattern": f"{prunen}:{prunem}"}
+        if coding == "entropy":
+            self._check_coded(**zeros, bit_allocation_method=bit_allocation_method)
+        bits = self._coded_bits if coding == "entropy" else self._bits
         recipe = Recipe(
             preset="sparsegpt",
+            coding=coding,
             uniform_if_better=False,
             **zeros,
             block_size=blocksize,
             damp_percent=percdamp,
-            **self._bits(target_avg_bits, bit_allocation_method),
+            **bits(target_avg_bits, bit_allocation_method),
         )
         statistics, weight = self._live_statistics(), self._dense_weight()
         if not recipe.prunes and not recipe.quantizes:
             self._undo()
             return
-        compressed = compress_linear(weight, statistics, recipe, self.layer_name, weight.dtype)
+        linear = LinearToSolve(weight, self.layer_name)
+        (compressed,) = compress_linears([linear], statistics, recipe, weight.dtype, coded_size=coded_size)
         self._accept(compressed, weight)
         self.seconds = time.perf_counter() - started
 
@@ -213,6 +226,22 @@ class SparseGPT:
             bits = self.quantizer.bits
             return {"target_avg_bits": bits, "allocation": "uniform", "widths": (bits,)}
         return {"target_avg_bits": DEFAULT_TARGET_AVG_BITS if target is None else target, "allocation": allocation}
+
+    def _coded_bits(self, target: float | None, allocation: str) -> dict[str, Any]:
+        """Return the recipe's fields for entropy coding: true bits a weight."""
+        if target is None and self.quantizer is not None:
+            target = self.quantizer.bits
+        return {"target_bits_per_weight": DEFAULT_TARGET_AVG_BITS if target is None else target}
+
+    def _check_coded(self, **settings: object) -> None:
+        """Raise ValueError, in this interface's words, for what has no meaning where codes are entropy-coded."""
+        unused = {"sparsity": 0, "bit_allocation_method": DEFAULT_ALLOCATION}
+        wrong = [f"{name}={value!r}" for name, value in settings.items() if value != unused.get(name)]
+        if wrong:
+            raise ValueError(
+                f"{self._name}: coding='entropy' takes sparsity 0, no pattern and no bit_allocation_method, because "
+                f"zeros and bits come out of the solve for target_avg_bits; got {', '.join(wrong)}"
+            )
 
     def _live_statistics(self) -> InputStatistics:
         if self.statistics is None:

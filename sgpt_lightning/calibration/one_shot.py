@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.plan import Plans
-from sgpt_lightning.calibration.solving import solve_linears
+from sgpt_lightning.calibration.solving import check_stored, solve_linears
 from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, model_inputs, real_tokens
@@ -40,4 +40,7 @@ class OneShotCalibration:
         """Solve every linear."""
         self._collector.check()
         mark_compressed(self._model)
-        return solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
+        linears = self._collector.linears
+        solved = solve_linears(linears, self._collector, self.plans, self._storage_dtype)
+        check_stored(linears, solved)
+        return solved

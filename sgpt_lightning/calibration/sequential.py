@@ -23,7 +23,7 @@ from sgpt_lightning.calibration.collector import (
     watched_inputs,
 )
 from sgpt_lightning.calibration.plan import Plans
-from sgpt_lightning.calibration.solving import solve_linears
+from sgpt_lightning.calibration.solving import check_stored, solve_linears
 from sgpt_lightning.calibration.stages import BatchCount, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
@@ -89,6 +89,7 @@ class SequentialCalibration:
                     self._collect(epoch, batch_index, last=position + 1 == len(groups))
                 self._collector.check()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
+        check_stored(self.plans.linears(epoch), solved)
         self._dense_block = None
         if epoch + 1 == len(self.stages):
             for kept in (self._inputs, self._real, self._dense_hidden):

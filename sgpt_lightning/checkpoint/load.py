@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight, check_sizes
 from sgpt_lightning.format.manifest import CONFIG, GENERATION_CONFIG, Manifest, check_files
-from sgpt_lightning.format.packing import unpack_weight
+from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.models.linears import is_conv1d
@@ -238,18 +238,31 @@ def _allocate(stored: _Stored, dtype: torch.dtype, attn_implementation: str | No
 
 
 def _fill(model: nn.Module, stored: _Stored, packed: Mapping[str, PackedWeight]) -> None:
-    """Copy the stored tensors into the model, one unpacked weight in memory at a time."""
-    state = model.state_dict()
+    """Copy the stored tensors into the model, packed weights some at a time."""
+    wanted: dict[str, list[Tensor]] = {name: [] for name in packed}
     with torch.no_grad():
-        for name, tensor in state.items():
+        for name, tensor in model.state_dict().items():
             source = stored.manifest.aliases.get(name, name)
             owner = source.removesuffix(".weight")
-            if owner not in packed:
+            if owner in packed:
+                wanted[owner].append(tensor)
+            else:
                 tensor.copy_(stored.tensors[source])
-                continue
-            with _blaming_the_manifest(stored, owner):
-                weight = unpack_weight(packed[owner])
-            tensor.copy_(weight.T if is_conv1d(model.get_submodule(owner)) else weight)
+        for names in some_at_once(packed):
+            for name, weight in zip(names, _unpacked(stored, names, packed), strict=True):
+                for tensor in wanted[name]:
+                    tensor.copy_(weight.T if is_conv1d(model.get_submodule(name)) else weight)
+
+
+def _unpacked(stored: _Stored, names: Sequence[str], packed: Mapping[str, PackedWeight]) -> list[Tensor]:
+    """Unpack some weights side by side; what is wrong with them is found out one by one."""
+    try:
+        return unpack_weights([packed[name] for name in names])
+    except ValueError:
+        for name in names:
+            with _blaming_the_manifest(stored, name):
+                unpack_weight(packed[name])
+        raise
 
 
 def _fill_tables(model: nn.Module, stored: _Stored) -> None:

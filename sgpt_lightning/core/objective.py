@@ -51,10 +51,16 @@ class Objective:
 
         No error is 0 also where there is no output; an error where there was no output is inf, and NaN stays NaN.
         """
-        hessian, difference = self.input.hessian, self.weight - compressed
-        error = (difference @ hessian * difference).sum(dtype=torch.float64)
-        total = (self.weight @ hessian * self.weight).sum(dtype=torch.float64)
+        error, total = self.row_errors(compressed).sum(), _row_energies(self.weight, self.input.hessian).sum()
         return 0.0 if float(error) == 0 else float(error / total)
+
+    def row_errors(self, compressed: Tensor) -> Tensor:
+        """Return the mean squared error of each output, E[e_r^2] over tokens, float64 `[out_features]`."""
+        return _row_energies(self.weight - compressed, self.input.hessian)
+
+
+def _row_energies(matrix: Tensor, hessian: Tensor) -> Tensor:
+    return (matrix @ hessian * matrix).sum(1, dtype=torch.float64)
 
 
 def make_objective(

@@ -37,6 +37,7 @@ class Family(NamedTuple):
 
 COLUMNS = Family("columns", "the column loops run", "plain torch")
 DECODE = Family("decode", "codes are decoded", "numpy on the CPU")
+ENCODE = Family("encode", "codes are encoded", "numpy on the CPU")
 
 
 class TileLoops(NamedTuple):
@@ -105,6 +106,10 @@ def _import(family: Family) -> ModuleType:
         import sgpt_lightning.kernels.decode as decode
 
         return decode
+    if family is ENCODE:
+        import sgpt_lightning.kernels.encode as encode
+
+        return encode
     import sgpt_lightning.kernels.columns as columns
 
     return columns

@@ -123,6 +123,8 @@ class CompressedLinear:
     """What the bias takes over, float32 `[out_features]`; None if the bias stays."""
     allocation: str | None = None
     """How widths were dealt in the end: `uniform` also where it did better than what was asked for."""
+    predicted_loss: float | None = None
+    """What its error is predicted to add to the model's loss; None where no gradients were taken."""
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""

@@ -106,11 +106,11 @@ def compress_linears(
     if recipe.coding == "entropy":
         if coded_size is None:
             raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
-        return list(map(_judged, problems, _coded(linears, problems, coded_size)))
+        return list(map(_judged, linears, problems, _coded(linears, problems, coded_size)))
     shared, columns = problems[0].objective.input, problems[0].columns
     starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
     solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
-    return list(map(_judged, problems, solutions))
+    return list(map(_judged, linears, problems, solutions))
 
 
 def _coded(
@@ -160,7 +160,7 @@ def _pruned(problems: Sequence[LinearProblem], starts: Sequence[Start], storage_
     ]
 
 
-def _judged(problem: LinearProblem, solution: Solution) -> CompressedLinear:
+def _judged(linear: LinearToSolve, problem: LinearProblem, solution: Solution) -> CompressedLinear:
     """Measure a solution, and refuse one that is no number."""
     objective, name, stored = problem.objective, problem.name or "the linear", solution.weight()
     error = objective.relative_error(stored)
@@ -180,7 +180,13 @@ def _judged(problem: LinearProblem, solution: Solution) -> CompressedLinear:
         status=own.status if ordered.status == "ok" else ordered.status,
         bias_shift=objective.bias_shift(stored),
         allocation=allocation_used(problem.recipe, solution.widths) if isinstance(solution, Quantized) else None,
+        predicted_loss=_predicted_loss(linear.row_weights, objective.row_errors(stored)),
     )
+
+
+def _predicted_loss(row_weights: Tensor | None, row_errors: Tensor) -> float | None:
+    """Return sum_r E[g_r^2] E[e_r^2] / 2, the loss to second order (`calibration/gradients.py`)."""
+    return None if row_weights is None else max(float(row_weights.to(row_errors) @ row_errors) / 2, 0.0)
 
 
 class Trial(NamedTuple):

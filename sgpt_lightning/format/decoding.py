@@ -35,9 +35,9 @@ class _Matrix(NamedTuple):
     slots: Tensor
     """int64 `[tables, ESCAPE + 1]`, on the CPU."""
     rows: Tensor
-    """int16 `[out_features]`, levels above the lowest."""
+    """int16 `[out_features]`, levels above the lowest, on the CPU."""
     columns: Tensor
-    """int16 `[in_features]`."""
+    """int16 `[in_features]`, on the CPU."""
     stream: Tensor
     offsets: Tensor
     extra: Tensor
@@ -47,9 +47,9 @@ class _Matrix(NamedTuple):
         """Number of codes."""
         return self.shape[0] * self.shape[1]
 
-    def chosen(self) -> Tensor:
+    def chosen(self, device: torch.device) -> Tensor:
         """Return the table of each code, int16 `[count]`."""
-        levels = level_of(self.rows, self.columns, self.header.base)
+        levels = level_of(self.rows.to(device), self.columns.to(device), self.header.base)
         lowest, highest = torch.tensor([self.header.lowest, self.header.highest], device=levels.device)
         return table_of(levels, lowest, highest, self.header.breadth).view(-1)
 
@@ -72,9 +72,9 @@ def decode(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
 def decode_all(matrices: Sequence[Encoded]) -> list[Tensor]:
     """Decode matrices side by side, as `decode` does one: small ones have too few lanes to be fast alone.
 
-    On the CPU it needs about 20 bytes a code for all of them at once, so a large model is decoded part by part. On a
-    GPU it waits for the device twice, and once more for each matrix with codes of more than 127, and the codes share
-    one piece of memory.
+    On the CPU it needs about 28 bytes a code for all of them at once, so a large model is decoded part by part. On a
+    GPU the codes share one piece of memory; Python waits for the device twice, and three times more for each matrix
+    that has codes beyond its tables.
     """
     given = [_check_tensors(tensors, shape) for tensors, shape in matrices]
     devices = {tensor.device for tensors, _ in matrices for tensor in tensors.values()}
@@ -98,7 +98,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dic
     if tensors and not shape[0] * shape[1]:
         raise ValueError(f"a matrix of shape {list(shape)} has no tensors, got {', '.join(tensors)}")
     device = next((tensor.device for tensor in tensors.values()), None)
-    absent = {name: torch.zeros(0, dtype=dtype, device=device) for name, dtype in _DTYPES.items()}
+    absent = {name: torch.empty(0, dtype=dtype, device=device) for name, dtype in _DTYPES.items()}
     return absent | {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -106,18 +106,18 @@ def _parse(given: Sequence[Mapping[str, Tensor]], shapes: Sequence[tuple[int, in
     """Read headers and tables of all matrices, with one wait for their device, and check sizes against them."""
     if not given:
         return []
-    data = torch.cat([tensors["tables"] for tensors in given]).cpu().numpy().tobytes()
+    small = [tensors[name] for tensors in given for name in ("tables", "rows", "columns")]
+    parts = iter(torch.cat(small).cpu().split([part.numel() for part in small]))
     parsed = []
     for tensors, shape in zip(given, shapes, strict=True):
-        size = tensors["tables"].numel()
-        own, data = data[:size], data[size:]
-        header = Header.of(own, shape[0] * shape[1])
-        rows = unpack_levels("rows", tensors["rows"], header.row_bits, shape[0])
-        columns = unpack_levels("columns", tensors["columns"], header.column_bits, shape[1])
+        data, rows, columns = next(parts).numpy().tobytes(), next(parts), next(parts)
+        header = Header.of(data, shape[0] * shape[1])
+        rows = unpack_levels("rows", rows, header.row_bits, shape[0])
+        columns = unpack_levels("columns", columns, header.column_bits, shape[1])
         split, stream, offsets = rans.Split.of(shape[0] * shape[1], header.lanes), tensors["stream"], tensors["offsets"]
         if offsets.numel() != split.streams - 1:
             raise ValueError(f"offsets must lead to {split.streams} streams, got {offsets.numel()} offsets")
-        slots = read_tables(own, header)
+        slots = read_tables(data, header)
         parsed.append(_Matrix(shape, header, split, slots, rows, columns, stream, offsets, tensors["extra"]))
     return parsed
 
@@ -131,7 +131,7 @@ def _by_numpy(matrices: Sequence[_Matrix]) -> list[Tensor]:
         if np.any(np.diff(edges) < 0):
             raise ValueError(f"offsets must lead to {matrix.split.streams} streams in {words.size} words")
         entries = rans.slot_table(matrix.slots).numpy().view(np.uint32)
-        coded.append(rans.Coded(words, edges, entries, matrix.chosen().cpu().numpy(), matrix.split))
+        coded.append(rans.Coded(words, edges, entries, matrix.chosen(torch.device("cpu")).numpy(), matrix.split))
     return [torch.from_numpy(CODES.take(found)).to(matrices[0].stream.device) for found in rans.decode(coded)]
 
 
@@ -161,8 +161,8 @@ def _by_kernel(kernels: ModuleType, matrices: Sequence[_Matrix]) -> list[Tensor]
         torch.cat([matrix.stream.view(torch.int16) for matrix in matrices]),
         torch.cat([matrix.offsets for matrix in matrices]),
         rans.slot_table(torch.cat([matrix.slots for matrix in matrices]).to(device)),
-        torch.cat([matrix.rows for matrix in matrices]),
-        torch.cat([matrix.columns for matrix in matrices]),
+        torch.cat([matrix.rows for matrix in matrices]).to(device),
+        torch.cat([matrix.columns for matrix in matrices]).to(device),
         torch.tensor(described).to(device),
         torch.arange(len(matrices), dtype=torch.int32).repeat_interleave(counts).to(device),
     )
@@ -176,17 +176,19 @@ def _by_kernel(kernels: ModuleType, matrices: Sequence[_Matrix]) -> list[Tensor]
 def _add_extra(codes: Tensor, matrix: _Matrix) -> None:
     """Put extra bits into codes, int32 `[count]`, in place."""
     header = matrix.header
-    shifts = shift_of(header.lowest + header.breadth * torch.arange(header.tables, device=codes.device))
-    chosen = matrix.chosen() if shift_of(torch.tensor(header.highest)) else None
-    stored = torch.zeros(0, dtype=torch.int64, device=codes.device)
-    if chosen is not None:
-        chosen = chosen.int()
+    shifts = shift_of(header.lowest + header.breadth * torch.arange(header.tables))
+    if bool(shifts[-1]):
+        chosen, shifts = matrix.chosen(codes.device).int(), shifts.to(codes.device)
         stored = ((codes == ESCAPED) | (shifts > 0)[chosen]).nonzero().view(-1)
+        shift = shifts[chosen[stored]]
     elif bool(matrix.slots[:, -1].any()):
         stored = (codes == ESCAPED).nonzero().view(-1)
+        shift = torch.zeros_like(stored)
+    else:
+        unpack_extra(matrix.extra.cpu(), torch.zeros(0, dtype=torch.int64))
+        return
     head = codes[stored].long()
     escaped = head == ESCAPED
-    shift = torch.zeros_like(head) if chosen is None else shifts[chosen[stored]]
     widths = shift + header.escape_bits * escaped
     values = unpack_extra(matrix.extra, widths)
     above = torch.where(escaped, -(values >> (widths - 1).clamp(min=0)) << widths, head << shift)

@@ -43,6 +43,7 @@ magnitude, and some bits a row and column. Left out: checksums (the file has the
 and scales).
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sgpt_lightning.core.paths import ENCODE, with_kernels
 from sgpt_lightning.format import rans
 from sgpt_lightning.format.bits import packed_bytes
 from sgpt_lightning.format.contexts import LEVELS, LIMIT, Contexts, contexts_of, shift_of
@@ -125,21 +127,22 @@ def encode(codes: Tensor) -> dict[str, Tensor]:
     _check_codes(codes)
     if not codes.numel():
         return {}
-    codes = codes.cpu()
+    codes = codes.contiguous()
     model = _model(codes)
     sizes = _sizes(codes, model)
     escaped = model.heads.abs() > model.tables.largest.int()[model.chosen.int()]
-    streams = _encode_streams(model, escaped, sizes.header)
-    lengths = np.cumsum([stream.size for stream in streams])
-    words = np.zeros(max(sizes.words, lengths[-1]), np.uint16)
-    words[: lengths[-1]] = np.concatenate(streams)
-    tables = np.frombuffer(sizes.header.to_bytes() + write_tables(model.tables, sizes.header), np.uint8)
+    streams, lengths = _encode_streams(model, escaped, sizes.header)
+    ends = np.cumsum(lengths)
+    words = np.zeros(max(sizes.words, streams.size), np.uint16)
+    words[: streams.size] = streams
+    stored_tables = Tables(*(part.cpu() for part in model.tables))
+    tables = np.frombuffer(sizes.header.to_bytes() + write_tables(stored_tables, sizes.header), np.uint8)
     tensors = {
         "tables": torch.from_numpy(tables.copy()),
-        "rows": pack_levels(model.contexts.rows, sizes.header.row_bits),
-        "columns": pack_levels(model.contexts.columns, sizes.header.column_bits),
+        "rows": pack_levels(model.contexts.rows.cpu(), sizes.header.row_bits),
+        "columns": pack_levels(model.contexts.columns.cpu(), sizes.header.column_bits),
         "stream": torch.from_numpy(words),
-        "offsets": torch.from_numpy(lengths[:-1].astype(np.int32)),
+        "offsets": torch.from_numpy(ends[:-1].astype(np.int32)),
         "extra": torch.from_numpy(_encode_extra(codes, model, escaped, sizes.header)),
     }
     return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
@@ -181,22 +184,50 @@ def _sizes(codes: Tensor, model: _Model) -> _Sizes:
     return _Sizes(header, HEADER_BYTES + table_bytes, rans.words_for(bits, lanes), extra_bits)
 
 
-def _encode_streams(model: _Model, escaped: Tensor, header: Header) -> list[NDArray[np.uint16]]:
-    slots = signed(model.tables.slots()).numpy().astype(np.uint32)
-    starts = np.cumsum(slots, 1, dtype=np.uint32) - slots
+class _Symbols(NamedTuple):
+    """What rANS encodes, on the device of the codes."""
+
+    places: Tensor
+    """int32 `[count]`: where in the tables the symbol of each code is."""
+    slots: Tensor
+    """int64 `[LEVELS, ESCAPE + 1]`."""
+    starts: Tensor
+    """int64, like `slots`: the first slot of each symbol."""
+    split: rans.Split
+
+
+def _encode_streams(model: _Model, escaped: Tensor, header: Header) -> tuple[NDArray[np.uint16], NDArray]:
+    """Return the words of all streams, one behind the other, and how many each has."""
+    slots = signed(model.tables.slots())
     symbol = torch.where(escaped, ESCAPE, 2 * model.heads.abs() - (model.heads > 0).int())
-    place = (model.chosen.int() * slots.shape[1] + symbol).view(-1).numpy()
-    split = rans.Split.of(place.size, header.lanes)
-    return rans.encode(slots.reshape(-1)[place], starts.reshape(-1)[place], split)
+    places = (model.chosen.int() * slots.shape[1] + symbol).view(-1)
+    symbols = _Symbols(places, slots, slots.cumsum(1) - slots, rans.Split.of(places.numel(), header.lanes))
+    return with_kernels(places.device, ENCODE, lambda k: _by_kernel(k, symbols), lambda: _by_numpy(symbols))
+
+
+def _by_numpy(symbols: _Symbols) -> tuple[NDArray[np.uint16], NDArray]:
+    places = symbols.places.cpu().numpy()
+    slots, starts = (part.cpu().numpy().astype(np.uint32).reshape(-1) for part in (symbols.slots, symbols.starts))
+    streams = rans.encode(slots[places], starts[places], symbols.split)
+    return np.concatenate(streams), np.array([stream.size for stream in streams])
+
+
+def _by_kernel(kernels: ModuleType, symbols: _Symbols) -> tuple[NDArray[np.uint16], NDArray]:
+    entries = (symbols.slots - 1 | symbols.starts << rans.SLOT_BITS).to(torch.int32).view(-1)
+    words, starts = kernels.encode_streams(
+        symbols.places, entries, symbols.split.streams, symbols.split.steps, symbols.split.lanes
+    )
+    used = torch.arange(words.shape[1], device=words.device) >= starts[:, None]
+    return words[used].cpu().numpy().view(np.uint16), (words.shape[1] - starts).cpu().numpy()
 
 
 def _encode_extra(codes: Tensor, model: _Model, escapes: Tensor, header: Header) -> NDArray[np.uint8]:
-    code, chosen, escaped = (matrix.reshape(-1).numpy() for matrix in (codes, model.chosen, escapes))
-    shifts = model.contexts.shifts().long().numpy()
-    stored = np.flatnonzero(escaped | (shifts > 0)[chosen])
-    shift = shifts[chosen[stored]]
-    widths = shift + header.escape_bits * escaped[stored]
-    return pack_extra(code[stored] + ((1 << shift) >> 1) & ((1 << widths) - 1), widths)
+    shifts = model.contexts.shifts().long()
+    stored = (escapes | (shifts > 0)[model.chosen.int()]).view(-1).nonzero().view(-1)
+    kept = (codes.reshape(-1)[stored], shifts[model.chosen.view(-1)[stored].int()], escapes.view(-1)[stored])
+    code, shift, escaped = (part.cpu().numpy() for part in kept)
+    widths = shift + header.escape_bits * escaped
+    return pack_extra(code + ((1 << shift) >> 1) & ((1 << widths) - 1), widths)
 
 
 def _check_codes(codes: Tensor) -> None:

@@ -102,7 +102,7 @@ def check_sizes(packed: PackedWeight) -> None:
     """Compare the stored tensors with the specification, before anything of the matrix's size is allocated.
 
     A matrix that passes has at most 26 weights per byte stored: the leanest form is 15 zeros in 16 and 1-bit codes. A
-    coded one has at most 4,096, which `entropy.decode` sees to: a lane is 4 bytes and decodes 16,384 codes.
+    coded one has at most 4,096, which `decoding.decode` sees to: a lane is 4 bytes and decodes 16,384 codes.
 
     Raises:
         ValueError: a tensor is missing or one too many, or its dtype or size cannot be right.
@@ -137,7 +137,7 @@ CODED_STREAMS = ("tables", "rows", "columns", "stream", "offsets", "extra")
 
 
 def _check_coded(packed: PackedWeight) -> None:
-    """Check what stands beside the codes; `entropy.decode` checks its own tensors against the shape."""
+    """Check what stands beside the codes; `decoding.decode` checks its own tensors against the shape."""
     spec, tensors = packed
     beside = {"weight_level": (torch.float32, 1), "weight_steps": (torch.uint8, spec.shape[1])}
     beside["weight_row_scales"] = (torch.uint8, spec.shape[0])

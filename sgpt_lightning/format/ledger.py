@@ -1,6 +1,6 @@
 """Where the bytes of the weight files went: counted when they are written, checked when they are read."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Ledger:
     """Biases, norms and whatever else the model holds."""
     headers: int
     """Names, shapes and offsets, as safetensors writes them."""
-    packed: dict[str, int]
-    """What linears and embeddings that are packed hold, by kind of tensor: the names in `packing.py` without `weight_`;
-    empty before version 5."""
     linear_weights: int
     """Entries of the linears' matrices, removed ones included."""
     parameters: int
     """Entries of all parameters of the dense model, tied ones once."""
+    packed: dict[str, int] = field(default_factory=dict)
+    """What linears and embeddings that are packed hold, by kind of tensor: the names in `packing.py` without `weight_`;
+    empty before version 5."""
 
     @property
     def least(self) -> int:

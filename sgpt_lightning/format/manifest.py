@@ -11,7 +11,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -70,13 +70,13 @@ class Manifest:
     """Tied tensors: name in the model -> name in the file."""
     linears: dict[str, dict[str, Any]]
     """Per compressed linear: `spec` (how to unpack it) and `report` (how it went)."""
-    embeddings: dict[str, dict[str, Any]]
-    """The same per embedding table or output head whose weight is packed."""
     ledger: Ledger
     files: dict[str, FileEntry]
     """Every other file of the directory: weights, `config.json`, generation settings, the tokenizer's."""
     run: dict[str, Any]
     """Recipe, perplexities, protocols, versions: whatever the writer adds."""
+    embeddings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per embedding table or output head whose weight is packed: `spec` and `report`."""
 
     @property
     def record(self) -> RunRecord:
@@ -116,8 +116,9 @@ class Manifest:
             content = _brought_up(content, version, path)
         elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
-        if version < _FIRST_WITH_EMBEDDINGS:
+        if version < _FIRST_WITH_LOSSES:
             content = _with_what_came_later(content)
+            _add_losses(content)
         faults = _faults(content)
         if faults:
             raise CheckpointError(f"{path} is incomplete or odd ({'; '.join(faults[:4])}); compress the model again")
@@ -152,11 +153,21 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 
 _FIRST_WITH_CHECKSUM = 3
 """Version 4 differs from it by the layout `coded` alone."""
-_FIRST_WITH_EMBEDDINGS = 5
-"""Before, no embedding was packed, and the ledger did not tell what packed weights hold."""
+_FIRST_WITH_LOSSES = 5
+"""Before it, reports had no `predicted_loss`, no embedding was packed, and the ledger did not tell of what kinds of
+tensors packed weights consist."""
+
+
+def _add_losses(content: dict[str, Any]) -> None:
+    """Say in the reports of an older manifest that no loss was predicted; what is no report is left for `_faults`."""
+    linears = content.get("linears")
+    for entry in linears.values() if isinstance(linears, dict) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("report"), dict):
+            entry["report"] = {"predicted_loss": None} | entry["report"]
 
 
 def _with_what_came_later(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an older manifest with the fields that it lacks, which are empty."""
     ledger = content.get("ledger")
     return content | {
         "embeddings": {},

@@ -46,6 +46,9 @@ class LinearReport:
     """`dense`, `bitmap`, `pattern` or `coded`."""
     allocation: str | None
     """How widths were dealt in the end; `uniform` where one width did better than what was asked for."""
+    predicted_loss: float | None = None
+    """What the error of this linear is predicted to add to the model's loss, nats a token, to second order and on the
+    calibration text; None where no gradients were taken."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -116,6 +119,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"None or one of {', '.join(get_args(Allocation))}",
         lambda value: value is None or value in get_args(Allocation),
     ),
+    "predicted_loss": ("None or a finite number from 0", lambda value: value is None or _is_number(value, 0)),
 }
 """What `LinearReport.from_dict` asks of each field, in words and as a test."""
 
@@ -158,6 +162,7 @@ def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeigh
         bytes=packed.nbytes,
         layout=packed.spec.layout,
         allocation=compressed.allocation,
+        predicted_loss=compressed.predicted_loss,
     )
 
 

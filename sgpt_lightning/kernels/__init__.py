@@ -1,1 +1,1 @@
-"""Triton: loops over the columns of a tile, one launch a tile; imports nothing of ours."""
+"""Triton: loops over the columns of a tile, and streams of codes read and written; imports nothing of ours."""

@@ -126,16 +126,9 @@ def _decode(
     cursor = 2 * lanes
     code = lane
     table = _table(
-        column + code,
-        (lane < lanes) & (code < count),
-        row_levels,
-        column_levels,
-        columns,
-        base,
-        lowest,
-        highest,
+        column + code, (lane < lanes) & (code < count), row_levels, column_levels, columns, base, lowest, highest,
         breadth,
-    )
+    )  # fmt: skip
     for _ in range(steps):
         here = (lane < lanes) & (code < count)
         onward = code + lanes

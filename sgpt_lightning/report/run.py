@@ -4,6 +4,7 @@ Everything is derived from the manifest that was written with the model, so the 
 `sgpt inspect` years later print the same figures.
 """
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -14,7 +15,8 @@ import torch
 
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import LinearReport
-from sgpt_lightning.report.tables import format_bytes, format_table, mean_bits, table_of_linears
+from sgpt_lightning.report.plan import plan_table, write_plan
+from sgpt_lightning.report.tables import coded_weight, format_bytes, format_table, mean_bits, table_of_linears
 
 REPORT_KEYS = frozenset({"perplexity", "bytes", "bits_per_weight", "linears", "seconds", "recipe", "versions"})
 """What `report.json` holds, and by which it is known."""
@@ -64,6 +66,13 @@ def report_dict(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def write_report(path: Path, manifest: Manifest) -> None:
+    """Write `report.json` and, where matplotlib is installed, the plan as `plan.png` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report_dict(manifest), indent=1) + "\n")
+    write_plan(linear_reports(manifest), path.with_name("plan.png"))
+
+
 def summary_table(manifest: Manifest) -> str:
     """Return the table a user came for: dense against compressed, in perplexity, bits per weight and bytes."""
     ledger = manifest.ledger
@@ -89,6 +98,36 @@ def summary_table(manifest: Manifest) -> str:
     return format_table(columns, rows)
 
 
+def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None) -> str:
+    """Return a run in one line, such as `3.00 bits a weight, 3.6x smaller, perplexity +2.0 %`.
+
+    The bits are true ones, of the linears in decoder blocks; `smaller` is the whole file against 16 bits for every
+    parameter; perplexities are against the dense model's, each with the name of its data set if there are several.
+
+    Args:
+        manifest: of the compressed model.
+        measured: perplexity of the compressed model by data set; what the manifest says if None. Data sets that were
+            not measured on the dense model are left out.
+    """
+    ledger, perplexity = manifest.ledger, manifest.record.perplexity
+    times = 2 * ledger.parameters / ledger.file
+    dense = perplexity.get("dense", {})
+    compressed = perplexity.get("compressed", {}) if measured is None else measured
+    changes = {
+        name: f"{100 * (value / dense[name] - 1):+.1f} %"
+        for name, value in compressed.items()
+        if value is not None and dense.get(name)
+    }
+    several = len(changes) > 1
+    shown = ", ".join(f"{change} on {name}" if several else change for name, change in changes.items())
+    parts = [
+        f"{ledger.linear_bits_per_weight:.2f} bits a weight",
+        f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger",
+        *([f"perplexity {shown}"] if shown else []),
+    ]
+    return ", ".join(parts)
+
+
 def ledger_table(manifest: Manifest) -> str:
     """Return where the bytes of the weight files went, and of what packed weights consist."""
     ledger = manifest.ledger
@@ -106,6 +145,11 @@ def ledger_table(manifest: Manifest) -> str:
     shown = [*parts, *(kind for kind in kinds if kind[1])]
     rows = [(name, f"{count:,}", f"{count / ledger.file:.1%}", bits) for name, count, bits in shown]
     return format_table(("", "bytes", "share", "bits/weight"), rows)
+
+
+def plan_of_run(manifest: Manifest) -> str:
+    """Return the true bits a weight of every linear, a row per decoder block."""
+    return plan_table(linear_reports(manifest))
 
 
 _PACKED = {
@@ -134,12 +178,17 @@ def status_line(manifest: Manifest) -> str:
     average = mean_bits(linears)
     parts = [
         f"{len(linears)} linears solved",
-        "nothing quantized" if average is None else f"mean {average:.3f} code bits per surviving weight",
+        "nothing quantized" if average is None else f"mean {average:.3f} code bits per {coded_weight(linears)}",
     ]
     left = 1 - sum(linear.weights for linear in linears) / max(manifest.ledger.linear_weights, 1)
     if left > 0:
         parts.append(f"{left:.1%} of the linears' weights left as they were")
     return ", ".join(parts) + ("; all as asked" if not odd else f"; not as asked: {', '.join(odd)}")
+
+
+def run_tables(manifest: Manifest) -> str:
+    """Return what `sgpt fit` shows at its end: summary, plan, and whether all went as asked."""
+    return "\n\n".join(filter(None, [summary_table(manifest), plan_of_run(manifest), status_line(manifest)]))
 
 
 def inspection(directory: Path, manifest: Manifest) -> str:
@@ -151,11 +200,13 @@ def inspection(directory: Path, manifest: Manifest) -> str:
         f"{directory}: {record.model or 'model'} compressed by sgpt_lightning\nrecipe: {settings}",
         summary_table(manifest),
         ledger_table(manifest),
+        plan_of_run(manifest),
         linears_table(manifest),
         *([table_of_linears(embeddings, "embedding", details=True)] if embeddings else []),
         "\n".join([status_line(manifest), *map(_protocol_line, record.protocols, record.protocols.values())]),
+        closing_line(manifest),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _protocol_line(name: str, protocol: Mapping[str, Any]) -> str:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sgpt_lightning.format.records import LinearReport
-from sgpt_lightning.report.tables import mean_bits, overall_histogram, table_of_linears
+from sgpt_lightning.report.tables import coded_weight, mean_bits, overall_histogram, table_of_linears, true_bits
+
+BAR = 50
+"""Characters of a histogram's bar that stand for all channels."""
 
 
 class QuantizationStats:
@@ -67,9 +70,16 @@ class QuantizationStats:
         if average is None:
             lines.append("Nothing was quantized: no layer had a quantizer. Survivors keep their 16 or 32 bits.")
         else:
-            total = self.total_channels
-            lines += [f"Mean bits per surviving weight: {average:.3f}", f"Quantized channels: {total}"]
-            lines += [f"  {bits} bit: {n:8d} channels, {n / total:6.1%}" for bits, n in self.channels_per_width.items()]
+            total, coded = self.total_channels, any(linear.layout == "coded" for linear in self.linears)
+            lines += [
+                f"Mean bits per {coded_weight(self.linears)}: {average:.3f}",
+                f"Bits per weight, all bytes stored: {true_bits(self.linears):.3f}",
+                f"Quantized channels: {total}" + (", by their bits rounded to whole ones" if coded else ""),
+            ]
+            lines += [
+                f"  {bits} bit: {n:8d} channels, {n / total:6.1%} {'#' * round(BAR * n / total)}".rstrip()
+                for bits, n in self.channels_per_width.items()
+            ]
         unquantized = sum(linear.mean_bits is None for linear in self.linears)
         if average is not None and unquantized:
             lines.append(f"Layers that were not quantized (16+ in the table): {unquantized}")

@@ -26,12 +26,26 @@ def mean_bits(linears: Iterable[LinearReport]) -> float | None:
     return statistics.fmean(means, weights=stored) if sum(stored) else None
 
 
+def coded_weight(linears: Sequence[LinearReport]) -> str:
+    """Return what `mean_bits` is a mean over, in words: zeros have no code of their own unless they are coded."""
+    return "weight" if all(map(_is_coded, linears)) else "surviving weight"
+
+
+def true_bits(linears: Iterable[LinearReport]) -> float:
+    """All bytes stored for some linears, one at least, in bits per weight."""
+    pairs = [(linear.bytes, linear.weights) for linear in linears]
+    return 8 * sum(count for count, _ in pairs) / sum(weights for _, weights in pairs)
+
+
 def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, details: bool = False) -> str:
     """Lay out one row per linear: how much is left, at what widths, in how many bytes, and how well it does.
 
     `bits/weight` counts all bytes stored. The channels per width stand in one column under their widths, such as
-    `2/3/4 bit`. `error` is the squared output error as a fraction of the squared output. With five widths, counts of
-    three digits and no details, a row is 93 columns and the longest name.
+    `2/3/4 bit`. Entropy-coded channels have any number of bits, so where there are some, the column is `channels' bits`
+    and has the fewest, the median and the most, rounded to whole ones. `error` is the squared output error as a
+    fraction of the squared output; `share of loss` is the linear's part of what all of them are predicted to add to the
+    model's loss. A column that no linear fills is left out. With five widths, counts of three digits and no details, a
+    row is 93 columns and the longest name.
 
     Args:
         linears: what to show.
@@ -40,22 +54,47 @@ def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, 
     """
     columns: dict[str, Callable[[LinearReport], str]] = {
         first: lambda linear: linear.name,
-        "sparsity": lambda linear: f"{linear.sparsity:.1%}",
+        "zeros" if all(map(_is_coded, linears)) else "sparsity": lambda linear: f"{linear.sparsity:.1%}",
         "mean bits": lambda linear: "16+" if linear.mean_bits is None else f"{linear.mean_bits:.2f}",
         "bits/weight": lambda linear: f"{linear.bits_per_weight:.2f}",
     }
     widths = overall_histogram(linears)
-    if widths:
+    if any(map(_is_coded, linears)):
+        columns["channels' bits"] = _spread_of_bits
+    elif widths:
         columns["/".join(map(str, widths)) + " bit"] = _channel_counts(linears, list(widths))
-    columns |= {
-        "error": lambda linear: "" if linear.relative_error is None else f"{linear.relative_error:.4f}",
-        "damping": lambda linear: f"{linear.damp_percent:g}" + ("" if linear.status == "ok" else f" ({linear.status})"),
-        "widths": lambda linear: linear.allocation or "",
-    }
+    columns["error"] = lambda linear: "" if linear.relative_error is None else f"{linear.relative_error:.4f}"
+    total = sum(linear.predicted_loss or 0.0 for linear in linears)
+    if total > 0:
+        columns["share of loss"] = lambda linear: _share(linear.predicted_loss, total)
+    columns["damping"] = lambda linear: f"{linear.damp_percent:g}" + _unless_ok(linear.status)
+    if not all(map(_is_coded, linears)):
+        columns["widths"] = lambda linear: linear.allocation or ""
     if details:
         columns["importance"] = lambda linear: "{:.3g} to {:.3g}".format(*linear.importance_range)
         columns["layout"] = lambda linear: linear.layout
     return format_table(list(columns), [[cell(linear) for cell in columns.values()] for linear in linears])
+
+
+def _is_coded(linear: LinearReport) -> bool:
+    return linear.layout == "coded"
+
+
+def _unless_ok(status: str) -> str:
+    return "" if status == "ok" else f" ({status})"
+
+
+def _share(loss: float | None, total: float) -> str:
+    return "" if loss is None else f"{loss / total:.1%}"
+
+
+def _spread_of_bits(linear: LinearReport) -> str:
+    """Return the fewest, the median and the most bits of a linear's channels as `0-3-5`."""
+    histogram = sorted(linear.bits_histogram.items())
+    if not histogram:
+        return ""
+    channels = list(Counter(dict(histogram)).elements())
+    return f"{channels[0]}-{statistics.median_low(channels)}-{channels[-1]}"
 
 
 def _channel_counts(linears: Sequence[LinearReport], widths: Sequence[int]) -> Callable[[LinearReport], str]:

@@ -6,7 +6,6 @@ before that hook, so perplexities would lag one block and validation text would 
 schedule of validation is off for the same reason; the callback runs the Trainer's validation loop itself.
 """
 
-import json
 import signal
 import time
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import RunRecord, SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report.run import report_dict, status_line, summary_table, versions
+from sgpt_lightning.report.run import closing_line, run_tables, versions, write_report
 from sgpt_lightning.trainer.logs import log_linears, log_perplexity, log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import seconds_left
@@ -233,17 +232,16 @@ class SparseGPTCallback(Callback):
             tokenizer=pl_module.tokenizer,
             run=record.to_dict(),
         )
-        report = report_path(trainer)
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(report_dict(self.manifest), indent=1) + "\n")
+        write_report(report_path(trainer), self.manifest)
         log_run(trainer.loggers, self.manifest)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, after the progress bar has ended; IncompleteRunError if there was not a single batch."""
+        """Print the tables, after the progress bar has ended; IncompleteRunError if there was not a single batch."""
         self._check_complete(trainer)
         assert self.manifest is not None
-        print(f"\n{summary_table(self.manifest)}\n\n{status_line(self.manifest)}")
+        print(f"\n{run_tables(self.manifest)}")
         print(f"compressed model: {self.target(trainer)}\nreport: {report_path(trainer)}")
+        print(closing_line(self.manifest))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go as `teardown` does, which Lightning does not call then, and do not call a signal a success."""

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +24,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import CompressionProgressBar, ProgressLines
+from sgpt_lightning.trainer.protocols import closing_line_of
 from sgpt_lightning.trainer.setup import IncompleteRunError
 
 USAGE = {
@@ -103,6 +106,8 @@ class SGPTCli(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback; the data takes tokenizer and window length from the model."""
         parser.add_lightning_class_args(SparseGPTCallback, "sgpt")
+        # The default recipe has resolved itself for its own preset and coding; a config may name others.
+        parser.set_defaults({f"sgpt.recipe.{f.name}": None for f in fields(Recipe) if f.default is None})
         parser.link_arguments("model.path", "data.tokenizer")
         parser.link_arguments("model.seq_len", "data.seq_len", apply_on="instantiate")
 
@@ -122,6 +127,12 @@ class SGPTCli(LightningCLI):
     def before_fit(self) -> None:
         """Remember which directory, if any, the compressed model is about to replace."""
         self._before = _identity(self._callback().target(self.trainer))
+
+    def after_validate(self) -> None:
+        """Print the closing line, where the model is a compressed one that was measured like the dense one."""
+        line = closing_line_of(self.trainer, self.model)
+        if line:
+            print(line)
 
     def _callback(self) -> SparseGPTCallback:
         return self._get(self.config_init, "sgpt")

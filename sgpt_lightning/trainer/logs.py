@@ -8,6 +8,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import DecoderBlocks
+from sgpt_lightning.recipe import MAX_BITS
+from sgpt_lightning.report.plan import plan_image, plan_table
 from sgpt_lightning.report.run import ledger_table, linear_reports, linears_table, summary_table
 from sgpt_lightning.report.tables import format_table, overall_histogram
 
@@ -32,6 +34,8 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], d
                 figures["relative_error"] = report.relative_error
             if report.mean_bits is not None:
                 figures["mean_bits"] = report.mean_bits
+            if report.predicted_loss is not None:
+                figures["predicted_loss"] = report.predicted_loss
             logger.log_metrics({f"{key}/{kind}": value for key, value in figures.items()}, step=index + 1)
             _log_histogram(logger, f"bits/{kind}", report.bits_histogram, index + 1)
 
@@ -45,9 +49,9 @@ def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
         "final/file_bytes": float(manifest.ledger.file),
         "final/bits_per_weight": manifest.ledger.linear_bits_per_weight,
     }
-    blocks = record.blocks
+    blocks, linears = record.blocks, linear_reports(manifest)
     for logger in loggers:
-        _log_histogram(logger, "bits/all", overall_histogram(linear_reports(manifest)), blocks)
+        _log_histogram(logger, "bits/all", overall_histogram(linears), blocks)
         if not isinstance(logger, TensorBoardLogger):
             logger.log_metrics(metrics, step=blocks)
             continue
@@ -57,10 +61,14 @@ def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
             "recipe": format_table(("setting", "value"), [(key, str(value)) for key, value in recipe.items()]),
             "summary": summary_table(manifest),
             "ledger": ledger_table(manifest),
+            "plan": plan_table(linears),
             "linears": linears_table(manifest),
         }
         for tag, text in texts.items():
             logger.experiment.add_text(tag, text, blocks)
+        image = plan_image(linears)
+        if image is not None:
+            logger.experiment.add_image("plan", image, blocks, dataformats="HWC")
 
 
 def _log_histogram(logger: Logger, tag: str, channels: Mapping[int, int], step: int) -> None:
@@ -69,4 +77,5 @@ def _log_histogram(logger: Logger, tag: str, channels: Mapping[int, int], step: 
         logger.log_metrics(counts, step=step)
         if isinstance(logger, TensorBoardLogger):
             widths = torch.repeat_interleave(torch.tensor(list(channels)), torch.tensor(list(channels.values())))
-            logger.experiment.add_histogram(tag, widths, step, bins=[bits - 0.5 for bits in range(1, 10)])
+            most = max(MAX_BITS, *channels)  # entropy-coded channels may have more, and may have 0
+            logger.experiment.add_histogram(tag, widths, step, bins=[bits - 0.5 for bits in range(most + 2)])

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from sgpt_lightning.format.directory import is_compressed_dir
+from sgpt_lightning.format.manifest import Manifest
+from sgpt_lightning.report.run import closing_line
 from sgpt_lightning.trainer.module import CausalLMModule
 
 
@@ -43,6 +47,29 @@ def evaluation_protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[st
         | model
         for name, measured in pl_module.measured.items()
     }
+
+
+def closing_line_of(trainer: Trainer, pl_module: CausalLMModule) -> str:
+    """Return a validated model's closing line: of data sets that were measured as when the model was compressed.
+
+    Empty if the model is a dense one, or none of its perplexities has a dense one to stand against.
+    """
+    directory = Path(pl_module.path)
+    if not is_compressed_dir(directory):
+        return ""
+    manifest, protocols = Manifest.read(directory), evaluation_protocols(trainer, pl_module)
+    record = manifest.record
+    measured = {
+        name: measured.perplexity
+        for name, measured in pl_module.measured.items()
+        if name in record.protocols and _nameless(record.protocols[name]) == _nameless(protocols[name])
+    }
+    return closing_line(manifest, measured) if measured.keys() & record.perplexity.get("dense", {}).keys() else ""
+
+
+def _nameless(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where the tokenizer was found: a compressed directory holds that of the dense model."""
+    return {key: value for key, value in protocol.items() if key != "tokenizer"}
 
 
 def _as_used(protocol: dict[str, Any], windows: int, limit: str) -> dict[str, Any]:

@@ -34,6 +34,22 @@ def test_a_model_in_format_version_1_is_read_as_its_own_reader_read_it():
     assert layouts == {"dense", "bitmap", "pattern"}
 
 
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_manifest_from_before_losses_were_predicted_is_read_and_says_that_none_was(version, tmp_path):
+    def as_then(manifest):
+        manifest["format_version"] = version
+        for entry in manifest["linears"].values():
+            del entry["report"]["predicted_loss"]
+
+    write_model(tmp_path / "out")
+    forge(tmp_path / "out", as_then)
+    reports = [entry["report"] for entry in check_compressed(tmp_path / "out").linears.values()]
+    assert [report["predicted_loss"] for report in reports] == [None] * 12
+    forge(tmp_path / "out", lambda manifest: manifest.update(format_version=5))  # and so must not be of this version
+    with pytest.raises(CheckpointError, match="needs the fields"):
+        check_compressed(tmp_path / "out")
+
+
 @pytest.mark.parametrize("field", ["files", "config", "linears", "ledger"])
 @pytest.mark.parametrize("value", [None, 3, [], {}, {"x": 1}, {"x": {"spec": 2}}])
 def test_a_fault_in_an_older_manifest_is_an_error_that_names_it(field, value, tmp_path):
@@ -52,6 +68,8 @@ def test_versions_without_coded_embeddings_are_read(version, tmp_path):
     def earlier(manifest):
         assert manifest.pop("embeddings") == {}
         assert manifest["ledger"].pop("packed")
+        for entry in manifest["linears"].values():
+            del entry["report"]["predicted_loss"]
         manifest["format_version"] = version
 
     forge(tmp_path / "out", earlier)

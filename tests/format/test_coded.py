@@ -9,10 +9,10 @@ import torch
 from entropy_reader import read_codes
 from oracles import generator
 
-from sgpt_lightning.core.solution import Coded, CompressedLinear
+from sgpt_lightning.core.solution import Coded, CompressedLinear, Pruned
 from sgpt_lightning.format.entropy import channel_bits, coded_size, encode
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
-from sgpt_lightning.format.packing import pack_weight, unpack_weight
+from sgpt_lightning.format.packing import pack_weight, unpack_weight, unpack_weights
 from sgpt_lightning.format.records import LinearReport, describe_linear
 from sgpt_lightning.report.stats import QuantizationStats
 
@@ -97,3 +97,11 @@ def test_a_report_counts_zeros_and_bits_as_they_are():
     stats.add(report)
     assert stats.mean_bits == pytest.approx(report.mean_bits)
     assert stats.total_channels == 56
+
+
+def test_matrices_unpacked_side_by_side_are_what_each_is_alone():
+    pruned = Pruned(made().weight().half() * (made().codes != 0), made().codes != 0)
+    solutions = [made(seed=1), pruned, made(7, 300, seed=2), made(400, 60, seed=3)]
+    found = unpack_weights([pack_weight(solution) for solution in solutions])
+    assert all(torch.equal(a, b.weight()) for a, b in zip(found, solutions, strict=True))
+    assert unpack_weights([]) == []

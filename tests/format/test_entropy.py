@@ -109,6 +109,13 @@ def test_matrices_side_by_side_are_what_each_is_alone():
     assert decode_all([]) == []
 
 
+@pytest.mark.parametrize("case", ["extremes", "one level each", "several streams", "laplace, 3 bits"])
+def test_codes_that_lie_otherwise_in_memory_have_the_same_bytes(case):
+    codes = CASES[case]
+    turned = encode(codes.T.contiguous().T)
+    assert lists(turned) == lists(encode(codes))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_a_matrix_without_codes_takes_no_bytes(shape):
     codes = torch.zeros(shape, dtype=torch.int32)

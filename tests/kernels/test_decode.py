@@ -1,4 +1,4 @@
-"""The decoder in Triton's interpreter against the one in numpy and the plain loop, and what damage does to it."""
+"""Decoder and encoder in Triton's interpreter against those in numpy and the plain loop, and what damage does."""
 
 import importlib
 import os
@@ -21,6 +21,7 @@ from sgpt_lightning.format.packing import pack_weight, unpack_weight
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 kernels = importlib.import_module("sgpt_lightning.kernels.decode")
+encoder = importlib.import_module("sgpt_lightning.kernels.encode")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -80,6 +81,20 @@ def test_the_kernel_finds_the_codes_that_a_plain_loop_finds(interpreted, case):
     assert decoded.dtype == torch.int32
     assert decoded.tolist() == codes.tolist()
     assert decoded.tolist() == read_codes({name: tensor.tolist() for name, tensor in tensors.items()}, shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_writes_the_bytes_that_numpy_writes(interpreted, monkeypatch, case):
+    codes, lanes = CASES[case]
+    launched = []
+    plain = encoder.encode_streams
+    monkeypatch.setattr(encoder, "encode_streams", lambda *a: (launched.append(a[2:]), plain(*a))[1])
+    by_kernel = dealt(codes, lanes)
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", [])
+    by_numpy = dealt(codes, lanes)
+    assert launched == [(max(lanes // 64, 1), -(-codes.numel() // lanes), min(lanes, 64))]
+    assert list(by_kernel) == list(by_numpy)
+    assert all(torch.equal(by_kernel[name], by_numpy[name]) for name in by_numpy)
 
 
 def test_matrices_are_one_launch_and_those_without_codes_none(interpreted):
@@ -164,10 +179,11 @@ def test_where_the_kernel_fails_numpy_decodes_and_it_is_said_once(monkeypatch):
     monkeypatch.setattr(kernels, "decode_streams", fail)
     monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
     monkeypatch.setattr(paths, "_refused", {})
-    codes = made(12, 20)
+    codes, shape = made(12, 20), (12, 20)
+    tensors = encode(codes)
     with pytest.warns(UserWarning, match="codes are decoded in numpy on the CPU on cpu, not in Triton: RuntimeError"):
-        assert torch.equal(decode(encode(codes), (12, 20)), codes)
-    assert torch.equal(decode(encode(codes), (12, 20)), codes)  # a second warning would be an error
+        assert torch.equal(decode(tensors, shape), codes)
+    assert torch.equal(decode(tensors, shape), codes)  # a second warning would be an error
     assert paths.loop_path(torch.device("cpu")) == "triton"  # other kernels may work all the same
 
 
@@ -175,21 +191,23 @@ COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sgpt_lightning.kernels import decode as kernels
+from sgpt_lightning.kernels import decode, encode
 
-types = {"words": "*i16", "row_levels": "*i16", "column_levels": "*i16", "matrices": "*i64"}
-fixed = {"LANES": 64, "FIELDS": 17}
-signature = {name: "constexpr" if name in fixed else types.get(name, "*i32") for name in kernels._decode.arg_names}
-source = ASTSource(kernels._decode, signature=signature, constexprs=fixed)
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS)
-print(made.metadata.shared, len(re.findall("bar.sync|ld.local|st.local|[.]f32", made.asm["ptx"])))
+halves, longs, numbers = ("words", "row_levels", "column_levels"), ("matrices",), ("count", "steps", "lanes")
+types = dict.fromkeys(halves, "*i16") | dict.fromkeys(longs, "*i64") | dict.fromkeys(numbers, "i32")
+for kernel in (decode._decode, encode._encode):
+    fixed = {name: value for name, value in (("LANES", 64), ("FIELDS", 17)) if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "*i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature=signature, constexprs=fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=decode.OPTIONS)
+    print(made.metadata.shared, len(re.findall("bar.sync|ld.local|st.local|[.]f32", made.asm["ptx"])))
 """
 
 
-def test_compiled_for_a_gpu_it_stays_within_registers_of_a_warp_and_in_whole_numbers(tmp_path):
+def test_compiled_for_a_gpu_they_stay_within_registers_of_a_warp_and_in_whole_numbers(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = [sys.executable, "-c", COMPILE]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "0"]
+    assert done.stdout.split() == ["0", "0"] * 2

@@ -172,7 +172,7 @@ def test_a_report_takes_the_row_of_the_one_that_it_replaces_and_a_removed_one_is
 
 
 REPORTS = [
-    make_report("layers.0.fc1", 8, 0.5, 4.25, {2: 3, 8: 5}),
+    replace(make_report("layers.0.fc1", 8, 0.5, 4.25, {2: 3, 8: 5}), predicted_loss=0.25),
     make_report("", 8, 0.0, None, {}),
     replace(make_report("fc1", 8, 1.0, 0.0, {1: 1}), status="float64", allocation=None, damp_percent=0.0),
 ]
@@ -210,6 +210,7 @@ ODD = {
     "bytes": [0, -1, 3.0, math.nan, None, False, 10**400],
     "layout": ["sparse", None, 1, {}],
     "allocation": ["best", "", 0, []],
+    "predicted_loss": [-0.1, math.nan, math.inf, "0.1", True],
 }
 
 
@@ -229,7 +230,9 @@ def test_every_field_of_a_report_is_checked():
 
 @pytest.mark.parametrize("values", [None, [], "report", {}, {"name": "fc1"}, REPORTS[0].to_dict() | {"speed": 1}])
 def test_a_report_with_other_fields_is_refused(values):
-    with pytest.raises(ValueError, match=r"the report of a linear needs the fields name, weights, .*allocation, got"):
+    with pytest.raises(
+        ValueError, match=r"the report of a linear needs the fields name, weights, .*predicted_loss, got"
+    ):
         LinearReport.from_dict(values)
 
 

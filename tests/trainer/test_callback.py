@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,8 +133,32 @@ def test_tensorboard_shows_perplexity_by_compressed_blocks(run):
         assert [point.step for point in points] == list(range(1, BLOCKS + 1))
         assert [point.value for point in points] == pytest.approx(expected, rel=1e-6)
     assert "bits/self_attn.q_proj" in events.Tags()["histograms"]
+    assert "plan" in events.Tags()["images"]
     assert not [tag for tag in events.Tags()["scalars"] if "decoder.layers" in tag]
-    assert {"recipe/text_summary", "summary/text_summary"} <= set(events.Tags()["tensors"])
+    assert {"recipe/text_summary", "summary/text_summary", "plan/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_the_histograms_of_an_entropy_coded_run_count_every_channel(tmp_path):
+    """Also those that need no bit at all, as those of an input that never fires."""
+    recipe = Recipe(coding="entropy", target_bits_per_weight=3.0, ignore=["*.fc2"])
+    fit = make_trainer(tmp_path, SparseGPTCallback(recipe), logger=TensorBoardLogger(tmp_path, default_hp_metric=False))
+    fit.fit(small_module(), make_loader(), make_loader(seed=1))
+    events = EventAccumulator(fit.log_dir)
+    events.Reload()
+    report = json.loads((Path(fit.log_dir) / "report.json").read_text())
+    assert len(report["linears"]) == 5 * 2
+    (whole,) = events.Histograms("bits/all")
+    counts = [
+        (bits, sum(linear["bits_histogram"].get(str(bits), 0) for linear in report["linears"])) for bits in range(9)
+    ]
+    edges = whole.histogram_value.bucket_limit
+    shown = [(round(edge - 0.5), n) for edge, n in zip(edges, whole.histogram_value.bucket, strict=True) if n]
+    assert shown == [(bits, n) for bits, n in counts if n]
+    assert sum(n for _, n in shown) == 5 * 2 * 32  # the linears' inputs
+    losses = [point.value for point in events.Scalars("predicted_loss/fc1")]
+    expected = [linear["predicted_loss"] for linear in report["linears"] if linear["name"].endswith(".fc1")]
+    assert losses == pytest.approx(expected, rel=1e-6)  # float32
+    assert min(losses) > 0
 
 
 def test_the_clock_stays_out_of_checkpoints(run, tmp_path):

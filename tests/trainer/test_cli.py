@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 import yaml
 from readme_runs import ROOT, SIZES, run_main
+from safetensors.torch import load_file
 
 from sgpt_lightning import cli
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.format.directory import CheckpointError
+from sgpt_lightning.presets import ImportanceWeights
+from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.trainer import cli as trainer_cli
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.progress import ProgressLines
@@ -50,11 +53,50 @@ def test_stdout_is_the_table_alone_and_says_what_the_report_says(readme_runs):
     report = json.loads((directory / "runs/demo/lightning_logs/version_0/report.json").read_text())
     lines = runs[0].out.strip().splitlines()
     assert [line[0] for line in lines[:4]] == ["|"] * 4
-    assert [line.partition(":")[0] for line in lines[-2:]] == ["compressed model", "report"]
-    assert len(lines) == 8
+    assert [line.split("|")[1].strip() for line in lines[5:9:3]] == ["block, bits/weight", "1"]  # the plan: two blocks
+    assert [line.partition(":")[0] for line in lines[-3:-1]] == ["compressed model", "report"]
+    assert len(lines) == 4 + 1 + 4 + 1 + 1 + 2 + 1
     assert f"{report['perplexity']['dense']['python-docs']:.3f}" in lines[2]
     assert f"{report['perplexity']['compressed']['python-docs']:.3f}" in lines[3]
     assert f"{report['bits_per_weight']['linears']:.2f}" in lines[3]
+
+
+def closing_figures(line):
+    """Bits a weight, times smaller, and the change of perplexity in percent."""
+    found = re.fullmatch(r"([\d.]+) bits a weight, ([\d.]+)x smaller, perplexity ([+-][\d.]+) %", line)
+    return tuple(map(float, found.groups()))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_last_line_of_a_fit_is_the_run_in_three_figures(readme_runs, two_blocks, number):
+    directory, runs = readme_runs
+    root = directory / "runs" / ("demo", "fixed-widths")[number]
+    report = json.loads((root / "lightning_logs/version_0/report.json").read_text())
+    written = (directory / "runs/small") if number else root / "lightning_logs/version_0/compressed"
+    size = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+    dense = sum(tensor.nbytes for tensor in load_file(two_blocks / "model.safetensors").values())  # float16
+    before, after = (report["perplexity"][state]["python-docs"] for state in ("dense", "compressed"))
+    bits, smaller, change = closing_figures(runs[number].out.strip().splitlines()[-1])
+    assert bits == pytest.approx(report["bits_per_weight"]["linears"], abs=0.005)  # what two decimals say
+    assert smaller == pytest.approx(dense / size, abs=0.05)
+    assert change == pytest.approx(100 * (after - before) / before, abs=0.05)
+
+
+def test_the_demo_is_rate_coded_and_its_run_directory_has_the_plan_as_a_picture(readme_runs):
+    run = readme_runs[0] / "runs/demo/lightning_logs/version_0"
+    report = json.loads((run / "report.json").read_text())
+    assert {linear["layout"] for linear in report["linears"]} == {"coded"}
+    assert 0.99 * 3.0 < report["bits_per_weight"]["linears"] <= 3.0
+    assert (run / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_validate_ends_with_the_same_line_where_the_model_is_measured_as_it_was(readme_runs, two_blocks, tmp_path):
+    directory, runs = readme_runs
+    assert runs[2].out.strip().splitlines()[-1] == runs[1].out.strip().splitlines()[-1]
+    other = ["--data.eval_windows", "1"]  # perplexity of another text is nothing to compare with
+    options = ["--model.path", directory / "runs/small", *quick(directory / "runs/small", tmp_path)[2:], *other]
+    assert "smaller" not in run_main("validate", *options).out
+    assert "smaller" not in run_main("validate", *quick(two_blocks, tmp_path)).out  # a dense model
 
 
 def test_a_log_file_gets_a_line_a_block_with_its_number_error_and_time_left(readme_runs):
@@ -87,9 +129,9 @@ def test_inspect_shows_ledger_plan_and_perplexities(readme_runs):
 
 def test_inspect_for_programs_is_the_report(readme_runs):
     directory, _ = readme_runs
-    reports = sorted(directory.glob("runs/demo/lightning_logs/*/report.json"))
+    report = directory / "runs/fixed-widths/lightning_logs/version_0/report.json"
     printed = run_main("inspect", "--json", directory / "runs/small").out
-    assert json.loads(printed) == json.loads(reports[1].read_text())
+    assert json.loads(printed) == json.loads(report.read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
@@ -164,6 +206,9 @@ def test_every_config_parses_and_its_first_line_is_its_command(config):
                 assert resolved[group][key] == value
             else:
                 assert {k: resolved[group][key][k] for k in value} == value
+    found, asked = resolved["sgpt"]["recipe"], values["sgpt"]["recipe"]
+    found["importance"] = ImportanceWeights(**found["importance"])
+    assert Recipe(**found) == Recipe(**asked)  # what a config leaves out is what its own preset and coding say
 
 
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")  # said before it is refused
@@ -193,11 +238,14 @@ def test_every_config_parses_and_its_first_line_is_its_command(config):
         ("--data.calibration wikitext", "calibration text source 'wikitext' is neither"),
         ("--data.evaluation wikitext", "did you mean wikitext2?"),
         ("--sgpt.recipe.sparsity half", "half"),
+        ("--sgpt.recipe.sparsity 0.5", "belong to coding fixed; coding entropy takes target_bits_per_weight"),
+        ("--sgpt.recipe.target_bits_per_weight null", "coding entropy needs a budget: set target_bits_per_weight"),
     ],
 )
 def test_bad_input_is_one_screen_and_names_the_rule(options, message, two_blocks, tmp_path):
     size = [] if "--model.seq_len" in options else SIZES
-    run = ["--config", ROOT / "configs/demo.yaml", "--model.path", two_blocks, "--trainer.default_root_dir", tmp_path]
+    config = ROOT / "configs" / ("demo.yaml" if "entropy" in message else "fixed-widths.yaml")
+    run = ["--config", config, "--model.path", two_blocks, "--trainer.default_root_dir", tmp_path]
     printed = run_main("fit", *run, *size, *options.split(), status=2).err
     assert message in printed
     assert "Traceback" not in printed
