@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
-    from sgpt_lightning.recipe import LayerRule as LayerRule
     from sgpt_lightning.recipe import Recipe as Recipe
     from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
+    from sgpt_lightning.rules import LayerRule as LayerRule
     from sgpt_lightning.sparsegpt import Quantizer as Quantizer
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
@@ -29,7 +29,7 @@ _HOME = {
     "CausalLMModule": "trainer.module",
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
-    "LayerRule": "recipe",
+    "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",
     "Quantizer": "sparsegpt",

@@ -1,5 +1,7 @@
-"""Checks that settings share: of which type a value is, which choices there are, what an N:M pattern is."""
+"""Checks that settings share: of which type a value is, which choices there are, what a pattern or a size reads."""
 
+import re
+from fractions import Fraction
 from typing import get_args
 
 
@@ -25,3 +27,25 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     if not 0 < int(zeros) < int(group):
         raise ValueError(f"pattern N:M needs 0 < N < M, got {pattern!r}")
     return int(zeros), int(group)
+
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+"""Bytes by unit."""
+
+
+def parse_size(argument: str, size: str | int) -> int:
+    """Return bytes, rounded down, of a whole number or of text such as `4.5MB`.
+
+    Raises:
+        ValueError: it is no size, has an unknown unit, or is less than a byte.
+    """
+    read = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if read is None:
+        raise ValueError(f"{argument} must be bytes or read like 4.5MB, got {size!r}")
+    number, unit = read.groups()
+    if (unit or "B") not in UNITS:
+        raise ValueError(f"the unit of {argument} must be one of {', '.join(UNITS)}, got {unit!r} in {size!r}")
+    count = int(Fraction(number) * UNITS[unit or "B"])
+    if count < 1:
+        raise ValueError(f"{argument} must be at least a byte, got {size!r}")
+    return count

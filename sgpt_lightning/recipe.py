@@ -18,52 +18,14 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from sgpt_lightning.arguments import check_choice, check_type, parse_pattern
+from sgpt_lightning.arguments import check_choice, check_type, parse_pattern, parse_size
 from sgpt_lightning.presets import PRESETS, Allocation, ImportanceWeights, Parts, Preset
+from sgpt_lightning.rules import LayerRule
 
 Scope = Literal["layer", "model"]
 Coding = Literal["fixed", "entropy"]
 
 MAX_BITS = 8
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """Other settings for the linears whose full name matches `match`; fields left at None keep the recipe's value."""
-
-    match: str
-    """Shell-style pattern on the full name, for example `*.fc2`."""
-    sparsity: float | None = None
-    """Fraction of weights removed."""
-    pattern: str | None = None
-    """`N:M`: N zeros in every M consecutive inputs."""
-    target_avg_bits: float | None = None
-    """Mean bits per surviving weight."""
-    widths: Sequence[int] | None = None
-    """Allowed bit widths, ascending."""
-    allocation: Allocation | None = None
-    """How widths are dealt to channels."""
-    quantize: bool | None = None
-    """False leaves the survivors in 16 or 32 bits, as `target_avg_bits` cannot say here: None keeps the recipe's."""
-
-    def __post_init__(self) -> None:
-        """Raise TypeError if `match` is no text."""
-        check_type("match", self.match, (str,))
-
-    def overrides(self) -> dict[str, object]:
-        """Return the recipe's fields that this rule sets."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
-        if given.pop("quantize", True):
-            return given
-        if "target_avg_bits" in given:
-            raise ValueError(f"quantize=False leaves no code to count, got target_avg_bits={self.target_avg_bits}")
-        # One budget for the model is for what is quantized.
-        return given | {
-            "coding": "fixed",
-            "target_avg_bits": None,
-            "target_bits_per_weight": None,
-            "scope": "layer",
-        }
 
 
 @dataclass(frozen=True)
@@ -82,7 +44,14 @@ class Recipe:
     target_avg_bits: float | None = 4.0
     """Mean code bits per surviving weight, at most; None prunes only."""
     target_bits_per_weight: float | None = None
-    """True bits per weight, at most: codes, masks, ranges and widths. If set, `target_avg_bits` is unused."""
+    """True bits per weight of the linears that are compressed, at most: codes, masks, ranges, widths, scales; what
+    `ignore` and rules leave as it is does not count. If set, `target_avg_bits` is unused."""
+    target_size: str | int | None = None
+    """Bytes of the whole weights file, headers included, at most: a whole number, or text such as `4.5MB` (kB, MB, GB;
+    KiB, MiB, GiB). It takes the place of `target_bits_per_weight` where codes are entropy-coded."""
+    embedding_bits: float | None = None
+    """True bits per weight, at most, of each token or position table and of the output head, which are rounded and
+    entropy-coded before the linears are solved; None leaves them as they are."""
     widths: Sequence[int] = (2, 3, 4, 6, 8)
     """Allowed bit widths per input channel, ascending, each from 1 to 8."""
     allocation: Allocation | None = None
@@ -105,7 +74,7 @@ class Recipe:
     parts: Mapping[str, bool | int | float] = field(default_factory=dict, hash=False)
     """Parts of the solve that differ from the preset's, by name; see `Parts`."""
     ignore: Sequence[str] = ()
-    """Shell-style patterns of linears to leave alone."""
+    """Shell-style patterns of linears and embeddings to leave alone."""
     rules: Sequence[LayerRule] = ()
     """Exceptions; where several match a linear, the last one wins."""
 
@@ -116,6 +85,7 @@ class Recipe:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("preset", self.preset, Preset)
         check_choice("coding", self.coding, Coding)
+        self._check_size()
         self._resolve_coding()
         self._resolve_sparsity()
         if self.allocation is None and self.coding == "fixed":
@@ -136,6 +106,8 @@ class Recipe:
         number, whole, listed = (int, float), (int,), (list, tuple)
         kinds: dict[str, tuple[type, ...]] = {
             **dict.fromkeys(("sparsity", "target_avg_bits", "target_bits_per_weight", "damp_percent"), number),
+            "embedding_bits": number,
+            "target_size": (str, int),
             **dict.fromkeys(("block_size", "group_size"), whole),
             **dict.fromkeys(("widths", "ignore", "rules"), listed),
             "pattern": (str,),
@@ -148,6 +120,20 @@ class Recipe:
             check_type(f"ignore[{position}]", value, (str,))
         for position, rule in enumerate(self.rules):
             check_type(f"rules[{position}]", rule, (LayerRule,))
+
+    def _check_size(self) -> None:
+        if self.embedding_bits is not None and not 0 < self.embedding_bits <= MAX_BITS:
+            raise ValueError(f"embedding_bits must be in (0, {MAX_BITS}], got {self.embedding_bits:g}")
+        if self.target_size is None:
+            return
+        parse_size("target_size", self.target_size)
+        if self.coding != "entropy":
+            raise ValueError(f"target_size belongs to coding entropy, got {self.target_size!r} with {self.coding}")
+        if self.target_bits_per_weight is not None:
+            raise ValueError(
+                f"target_size and target_bits_per_weight exclude each other, got {self.target_size!r} and "
+                f"{self.target_bits_per_weight:g}"
+            )
 
     def _resolve_coding(self) -> None:
         """Refuse what belongs to the other coding, and take what is not given from this one."""
@@ -166,8 +152,8 @@ class Recipe:
                     f"{', '.join(wrong)} belong to coding fixed; coding entropy takes target_bits_per_weight and finds "
                     f"zeros and bits itself, got {', '.join(f'{name}={getattr(self, name)}' for name in wrong)}"
                 )
-            if self.target_bits_per_weight is None:
-                raise ValueError("coding entropy needs a budget: set target_bits_per_weight, got None")
+            if self.target_bits_per_weight is None and self.target_size is None:
+                raise ValueError("coding entropy needs a budget: set target_bits_per_weight or target_size, got None")
             object.__setattr__(self, "sparsity", 0.0)
             object.__setattr__(self, "target_avg_bits", None)
         if self.scope is None:
@@ -212,7 +198,7 @@ class Recipe:
         most = MAX_BITS if self.coding == "entropy" else 16
         if self.target_bits_per_weight is not None and not 0 < self.target_bits_per_weight <= most:
             raise ValueError(f"target_bits_per_weight must be in (0, {most}], got {self.target_bits_per_weight:g}")
-        if self.target_bits_per_weight is not None:
+        if self.target_bits_per_weight is not None or self.target_size is not None:
             return
         if self.target_avg_bits is None:
             if self.scope == "model":
@@ -268,7 +254,7 @@ class Recipe:
     @property
     def quantizes(self) -> bool:
         """Whether survivors are to be stored as codes."""
-        return self.target_avg_bits is not None or self.target_bits_per_weight is not None
+        return (self.target_avg_bits, self.target_bits_per_weight, self.target_size) != (None, None, None)
 
     @property
     def uses_gradients(self) -> bool:
@@ -280,13 +266,17 @@ class Recipe:
 
     def for_linear(self, name: str) -> "Recipe | None":
         """Return the settings for the linear called `name`, or None if it is to be left alone."""
-        if any(fnmatchcase(name, pattern) for pattern in self.ignore):
+        if self.ignores(name):
             return None
         resolved = replace(self, rules=())
         for rule in self.rules:
             if fnmatchcase(name, rule.match):
                 resolved = resolved._with(rule)
         return resolved if resolved.prunes or resolved.quantizes else None
+
+    def ignores(self, name: str) -> bool:
+        """Tell whether a pattern of `ignore` matches a name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
     def unmatched(self, names: Sequence[str]) -> list[str]:
         """Return the `ignore` patterns and rules that match none of `names`."""

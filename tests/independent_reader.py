@@ -1,4 +1,4 @@
-"""A second reader of the file format, version 4, in numpy: written from the description in `format/packing.py`.
+"""A second reader of the file format, version 5, in numpy: written from the description in `format/packing.py`.
 
 Files and checksums are those of the descriptions in `checkpoint/save.py` and `format/manifest.py`, bits within bytes
 those of `format/bits.py`'s drawing. Nothing of the package is imported, so that a reader and a writer who are wrong in
@@ -31,7 +31,7 @@ def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
         if file.startswith("sgpt") and file.endswith(".safetensors"):
             tensors |= load_file(directory / file)
-    for name, entry in manifest["linears"].items():
+    for name, entry in (manifest["linears"] | manifest["embeddings"]).items():
         parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.weight_")}
         tensors[f"{name}.weight"] = _weight(
             entry["spec"], {key.rpartition(".")[2]: part for key, part in parts.items()}

@@ -15,8 +15,8 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "arguments", "guards", "suggest", "presets", "recipe", "kernels", "core", "format", "models", "checkpoint", "text",
-    "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
+    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "checkpoint",
+    "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgpt_lightning.arguments import parse_pattern
+from sgpt_lightning.arguments import parse_pattern, parse_size
 from sgpt_lightning.presets import ImportanceWeights, Parts
 from sgpt_lightning.recipe import LayerRule, Recipe
 
@@ -243,7 +243,10 @@ def test_coding_decides_what_is_not_given():
         ({"pattern": "2:4"}, "pattern belong to coding fixed.*pattern=2:4"),
         ({"widths": (3, 4)}, r"widths belong to coding fixed.*widths=\(3, 4\)"),
         ({"allocation": "rows", "group_size": 64}, "allocation, group_size belong to coding fixed"),
-        ({"target_bits_per_weight": None}, "coding entropy needs a budget: set target_bits_per_weight, got None"),
+        (
+            {"target_bits_per_weight": None},
+            "coding entropy needs a budget: set target_bits_per_weight or target_size, got None",
+        ),
         ({"target_bits_per_weight": 8.5}, r"target_bits_per_weight must be in \(0, 8\], got 8.5"),
         ({"rules": [LayerRule("*.fc2", sparsity=0.5)]}, r"rule for '\*.fc2': sparsity belong to coding fixed"),
         ({"coding": "huffman"}, "coding must be one of fixed, entropy, got 'huffman'"),
@@ -252,3 +255,47 @@ def test_coding_decides_what_is_not_given():
 def test_what_belongs_to_the_other_coding_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**({"coding": "entropy", "target_bits_per_weight": 3.0} | settings))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4.5MB", 4_500_000), ("1kB", 1000), ("2 GB", 2_000_000_000), ("1KiB", 1024), ("1.5MiB", 1_572_864),
+        ("1GiB", 2**30), ("17", 17), (17, 17), ("17B", 17), (" 0.1kB ", 100), ("1.0009kB", 1000),
+    ],
+)  # fmt: skip
+def test_a_size_is_read_in_decimal_and_binary_units(text, expected):
+    assert parse_size("target_size", text) == expected
+    assert Recipe(coding="entropy", target_size=text).quantizes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_size": "4.5mb"},
+            "unit of target_size must be one of B, kB, MB, GB, KiB, MiB, GiB, got 'mb' in '4.5mb'",
+        ),
+        ({"target_size": "4.5 parsec"}, "got 'parsec' in '4.5 parsec'"),
+        ({"target_size": "MB"}, "target_size must be bytes or read like 4.5MB, got 'MB'"),
+        ({"target_size": "-4MB"}, "target_size must be bytes or read like 4.5MB, got '-4MB'"),
+        ({"target_size": -4}, "target_size must be bytes or read like 4.5MB, got -4"),
+        ({"target_size": 0}, "target_size must be at least a byte, got 0"),
+        ({"target_size": "1MB", "target_bits_per_weight": 3.0}, "exclude each other, got '1MB' and 3"),
+        ({"target_size": "1MB", "coding": "fixed"}, "target_size belongs to coding entropy, got '1MB' with fixed"),
+        ({}, "coding entropy needs a budget: set target_bits_per_weight or target_size, got None"),
+        ({"target_size": "1MB", "embedding_bits": 0}, r"embedding_bits must be in \(0, 8\], got 0"),
+        ({"target_size": "1MB", "embedding_bits": 8.5}, r"embedding_bits must be in \(0, 8\], got 8.5"),
+        ({"target_size": "1MB", "embedding_bits": float("nan")}, r"embedding_bits must be in \(0, 8\], got nan"),
+    ],
+)
+def test_a_size_or_bits_of_embeddings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**({"coding": "entropy"} | settings))
+
+
+def test_a_size_and_bits_of_embeddings_are_of_their_types():
+    with pytest.raises(TypeError, match=r"target_size must be str or int, got 4\.5"):
+        Recipe(coding="entropy", target_size=4.5)
+    with pytest.raises(TypeError, match="embedding_bits must be int or float, got '5'"):
+        Recipe(embedding_bits="5")

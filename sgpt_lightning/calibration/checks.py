@@ -2,15 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.arguments import parse_size
+from sgpt_lightning.calibration.embeddings import plan_embeddings
+from sgpt_lightning.calibration.file_size import rate_for_file
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.rates import BitBudget
 from sgpt_lightning.core.budget import least_bits
 from sgpt_lightning.core.solver import check_pattern
 from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
+from sgpt_lightning.models.embeddings import find_embeddings
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.recipe import Recipe
 
@@ -44,12 +49,18 @@ def check_batch(model: nn.Module, batch: Mapping[str, Tensor], what: str) -> Non
             raise ValueError(f"input_ids of {what} must be below the vocabulary's {words}, got {low} to {high}")
 
 
-def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:
-    """Resolve the recipe for every linear, and refuse, with the whole list of offenders, what would fail later.
+def plan_linears(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -> Plans:
+    """Resolve the recipe for every linear and embedding, and refuse, with all offenders, what would fail later.
+
+    Args:
+        model: a dense model; it stays as it is.
+        recipe: what is asked.
+        storage_dtype: dtype of what will not be packed.
 
     Raises:
         ValueError: no decoder blocks, mixtures of experts, a quantized or compressed model, an ignore pattern or rule
-            that matches nothing, nothing left to compress, or N:M groups that do not fit a linear.
+            that matches nothing, nothing left to compress, N:M groups that do not fit a linear, embeddings that do not
+            fit into their bits, or a size of the file that cannot be met.
     """
     decoder = find_decoder_blocks(model)
     linears = decoder.linears()
@@ -59,7 +70,8 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:
     odd = [name for name, linear in linears.items() if not weight_matrix(linear).is_floating_point()]
     if quantized is not None or odd:
         raise ValueError(f"the model is already quantized ({quantized or ', '.join(odd[:4])}); start from a dense one")
-    offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(list(linears))]
+    names = [*linears, *(find_embeddings(model) if recipe.embedding_bits is not None else ())]
+    offenders = [f"{pattern!r} of ignore or rules matches no linear" for pattern in recipe.unmatched(names)]
     recipes: dict[str, Recipe] = {}
     for name, linear in linears.items():
         try:
@@ -74,12 +86,28 @@ def plan_linears(model: nn.Module, recipe: Recipe) -> Plans:
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
-    budget = {
+    plans = Plans(decoder, recipes, embeddings=plan_embeddings(model, recipe))
+    return _with_budget(model, plans, recipe, storage_dtype)
+
+
+def _with_budget(model: nn.Module, plans: Plans, recipe: Recipe, storage_dtype: torch.dtype) -> Plans:
+    """Give each linear that is entropy-coded its bits, alike for each weight; those that follow from a size as well."""
+    recipes, linears, limit = plans.recipes, plans.linears(), None
+    if recipe.target_size is not None:
+        limit = parse_size("target_size", recipe.target_size)
+        rate = rate_for_file(model, plans, storage_dtype, limit)
+        recipes = {
+            name: replace(resolved, target_size=None, target_bits_per_weight=rate)
+            if resolved.coding == "entropy"
+            else resolved
+            for name, resolved in recipes.items()
+        }
+    bits = {
         name: resolved.target_bits_per_weight * weight_matrix(linears[name]).numel()
         for name, resolved in recipes.items()
         if resolved.coding == "entropy" and resolved.target_bits_per_weight is not None
     }
-    return Plans(decoder, recipes, budget=BitBudget(budget))
+    return replace(plans, recipes=recipes, budget=BitBudget(bits), file_bytes=limit)
 
 
 def least_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:
@@ -89,5 +117,11 @@ def least_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> i
     bits = sum(
         least_bits(plans.recipes.get(name), (rows, columns), storage_bits) for name, (rows, columns) in matrices.items()
     )
-    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(map(math.prod, matrices.values()))
-    return int(bits) // 8 + rest * storage_dtype.itemsize
+    tables = [weight_matrix(model.get_submodule(name)).shape for name in plans.embeddings]
+    packed = sum(map(math.prod, [*matrices.values(), *tables]))
+    rest = sum(parameter.numel() for parameter in model.parameters()) - packed
+    return int(bits + _LEAST_OF_TABLES * sum(plans.embeddings.values())) // 8 + rest * storage_dtype.itemsize
+
+
+_LEAST_OF_TABLES = 0.9
+"""Part of an embedding's bits that is spent at least."""

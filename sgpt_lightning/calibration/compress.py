@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
+from sgpt_lightning.calibration.embeddings import TokenCounts, embeddings_written
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import evaluation_mode
@@ -35,7 +36,7 @@ def compress(
         tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.
 
     Returns:
-        What to store, by the full name of the linear.
+        What to store, by the full name of the linear or embedding.
 
     Raises:
         TypeError: `batches` can be gone through only once, or a batch is no mapping with `input_ids`.
@@ -44,12 +45,15 @@ def compress(
     """
     if isinstance(batches, Iterator):
         raise TypeError(f"batches must be a list or a loader, got a {type(batches).__name__}: blocks need them again")
+    counts = TokenCounts()
     for index, batch in enumerate(batches):
         check_batch(model, batch, f"calibration batch {index}")
+        if recipe.embedding_bits is not None:
+            counts.add(batch)
     storage_dtype = storage_dtype or next(model.parameters()).dtype
     calibration = calibration_for(mode, model, recipe, storage_dtype, tf32_moments)
-    solved: dict[str, SolvedLinear] = {}
-    with evaluation_mode(model):
+    with evaluation_mode(model), embeddings_written(model, calibration.plans, counts) as embeddings:
+        solved = dict(embeddings)
         for epoch in range(len(calibration.stages)):
             index = -1
             for index, batch in enumerate(batches):

@@ -1,13 +1,13 @@
 """Calibration with gradients: one epoch of the dense model, forwards and backwards, before another calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model, plan_rates
-from sgpt_lightning.calibration.rates import BitBudget
 from sgpt_lightning.calibration.stages import BatchCount, Calibration, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, real_tokens
@@ -68,9 +68,9 @@ class GuidedCalibration:
                 if recipes[name].scope == "model"
             }
             if self._recipe.coding == "entropy":
-                budget = BitBudget(plan_rates(jobs))
+                budget = budget.dealt(plan_rates(jobs))
             else:
                 recipes = {**recipes, **plan_model(jobs)}
-        self.plans = Plans(self.plans.decoder, recipes, weights, budget)
+        self.plans = replace(self.plans, recipes=recipes, row_weights=weights, budget=budget)
         self._next = self._then(self.plans)
         return {}

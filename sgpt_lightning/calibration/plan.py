@@ -46,6 +46,10 @@ class Plans:
     """What an error of each output channel costs the loss, `[out_features]`; empty if gradients were not asked for."""
     budget: BitBudget = field(default_factory=lambda: BitBudget({}))
     """True bits of the linears whose codes are entropy-coded, kept while they are solved."""
+    embeddings: Mapping[str, float] = field(default_factory=dict)
+    """Bits that each embedding may take in all, by full name; those that stay as they are are missing."""
+    file_bytes: int | None = None
+    """Bytes that the whole weights file may have, where the budget follows from them."""
 
     def linears(self, block: int | None = None) -> dict[str, nn.Module]:
         """Return the linears of one block, or of all, that something is to be done to."""

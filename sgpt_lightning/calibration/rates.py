@@ -84,6 +84,16 @@ class BitBudget:
     def __contains__(self, name: object) -> bool:
         return name in self._bits
 
+    def add(self, bits: float) -> None:
+        """Note what is left over of something else."""
+        self._left += bits
+
+    def dealt(self, bits: Mapping[str, float]) -> "BitBudget":
+        """Return a budget with other bits of each linear, and what this one has left over."""
+        new = BitBudget(bits)
+        new.add(self._left)
+        return new
+
     def of(self, names: Sequence[str]) -> list[float]:
         """Return what linears that are solved together may take; what is left over is shared in proportion."""
         own = [self._bits[name] for name in names]

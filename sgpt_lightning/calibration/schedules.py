@@ -26,7 +26,7 @@ def calibration_for(
     }
     if mode not in kinds:
         raise ValueError(f"calibration must be one of {', '.join(kinds)}, got {mode!r}")
-    plans = plan_linears(model, recipe)
+    plans = plan_linears(model, recipe, storage_dtype)
 
     def start(plans: Plans) -> Calibration:
         return kinds[mode](model, plans, storage_dtype, tf32_moments)

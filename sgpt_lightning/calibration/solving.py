@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.calibration.file_size import entries_at_most, entries_of
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.core.solver import LinearToSolve, compress_linears
 from sgpt_lightning.format.entropy import coded_size
+from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import pack_weight, some_at_once, unpack_weights
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix, weight_matrix
@@ -45,7 +47,7 @@ def solve_linears(
         for name, result in zip(names, compressed, strict=True):
             solved[name] = _write_back(linears[name], name, result, storage_dtype)
         if recipe.coding == "entropy":
-            plans.budget.took({name: 8 * solved[name].packed.nbytes for name in names})
+            plans.budget.took({name: _bits_taken(name, solved[name].packed, plans.file_bytes) for name in names})
     return solved
 
 
@@ -56,6 +58,14 @@ def _solved_together(linears: Mapping[str, nn.Module], collector: InputCollector
         return id(collector.statistics(name)), _has_bias(linears[name]), plans.recipes[name]
 
     return (list(names) for _, names in itertools.groupby(linears, alike))
+
+
+def _bits_taken(name: str, packed: PackedWeight, file_bytes: int | None) -> float:
+    """Return what a linear took of the budget; bytes that were kept for its entries in the header are given back."""
+    kept = 0
+    if file_bytes is not None:
+        kept = entries_at_most(name, packed.spec.shape, file_bytes) - entries_of(name, packed, file_bytes)
+    return 8 * (packed.nbytes - kept)
 
 
 def _has_bias(linear: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError, read_settled
-from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
+from sgpt_lightning.format.layout import PackedWeight, check_sizes
 from sgpt_lightning.format.manifest import CONFIG, GENERATION_CONFIG, Manifest, check_files
 from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
 from sgpt_lightning.guards import own_random_state
@@ -164,8 +164,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _packed_weights(stored: _Stored) -> dict[str, PackedWeight]:
-    """Take the packed linears out of the stored tensors; sizes are checked, nothing is unpacked."""
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in stored.manifest.linears}
+    """Take the packed weights out of the stored tensors; sizes are checked, nothing is unpacked."""
+    specs = stored.manifest.packed
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in specs}
     for key in list(stored.tensors):
         owner, _, leaf = key.rpartition(".")
         if owner in parts and leaf.startswith("weight_"):
@@ -173,8 +174,8 @@ def _packed_weights(stored: _Stored) -> dict[str, PackedWeight]:
             one_segment = leaf in ("weight_range", "weight_zero_point") and tensor.dim() == 1  # format version 1
             parts[owner][leaf] = tensor.unsqueeze(1) if one_segment else tensor
     packed = {}
-    for name, entry in stored.manifest.linears.items():
-        packed[name] = PackedWeight(WeightSpec.from_dict(entry["spec"]), parts[name])
+    for name, spec in specs.items():
+        packed[name] = PackedWeight(spec, parts[name])
         with _blaming_the_manifest(stored, name):
             check_sizes(packed[name])
     return packed

@@ -2,12 +2,10 @@
 
 A directory holds `config.json` (with a `quantization_config` that names this format and its version),
 `sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
-`generation_config.json`, and the tokenizer's files. Per linear the tensors are those of `format/packing.py`, under the
-linear's own name; everything else is stored as it is, in the storage dtype where that loses nothing. Small tables that
-a model computes for itself (rotary angles) are stored too, under the names of their buffers. Tensors that the model
-ties are stored once. The manifest holds what a reader needs (one weight specification per linear, aliases of tied
-tensors, sizes and SHA-256 of all other files, and of itself, see `format/manifest.py`), and what a person wants to know
-(recipe, report per linear, ledger, perplexities with their protocols).
+`generation_config.json`, and the tokenizer's files. Which tensors there are is written down in `contents.py`. The
+manifest holds what a reader needs (one weight specification per packed weight, aliases of tied tensors, sizes and
+SHA-256 of all other files, and of itself, see `format/manifest.py`), and what a person wants to know (recipe, report
+per linear and embedding, ledger, perplexities with their protocols).
 
 transformers does not know the format: it would make up the linears at random. So there is no `model.safetensors`,
 and `transformers_weights` in `config.json`, where it looks for the name of the weights, says what to do instead.
@@ -18,6 +16,7 @@ Left out: registration with transformers, so that `from_pretrained` reads the di
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sgpt_lightning.checkpoint.load import stored_tables
+from sgpt_lightning.checkpoint.contents import contents
 from sgpt_lightning.format.directory import (
     FORMAT,
     MARKER,
     check_target,
     replacing,
 )
+from sgpt_lightning.format.ledger import Ledger
 from sgpt_lightning.format.manifest import (
     CONFIG,
     FORMAT_VERSION,
     GENERATION_CONFIG,
     WEIGHT_FILE,
     FileEntry,
-    Ledger,
     Manifest,
 )
 from sgpt_lightning.format.records import SolvedLinear
@@ -68,7 +67,7 @@ def save_compressed(
     Args:
         directory: created, or replaced if it is a compressed model already; `~` is expanded.
         model: the transformers model that holds the compressed weights.
-        solved: what to store in place of the linears' weights, by full name.
+        solved: what to store in place of the weights of linears and embeddings, by full name.
         storage_dtype: dtype for everything else, used where it loses nothing.
         tokenizer: a transformers tokenizer whose files go along.
         run: what else the manifest is to say.
@@ -79,7 +78,8 @@ def save_compressed(
         OSError: the directory cannot be written; what was there is untouched.
     """
     check_target(directory)
-    tensors, aliases = _tensors_to_store(model, solved, storage_dtype)
+    linears = find_decoder_blocks(model).linears()
+    tensors, aliases = contents(model, solved, storage_dtype)
     with replacing(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         _write_config(partial, model, tokenizer)
         _write_weights(partial, tensors)
@@ -88,10 +88,8 @@ def save_compressed(
             storage_dtype=_dtype_name(storage_dtype),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
             aliases=aliases,
-            linears={
-                name: {"spec": linear.packed.spec.to_dict(), "report": linear.report.to_dict()}
-                for name, linear in solved.items()
-            },
+            linears={name: _entry(linear) for name, linear in solved.items() if name in linears},
+            embeddings={name: _entry(table) for name, table in solved.items() if name not in linears},
             ledger=_ledger(partial, model, tensors, solved),
             files={name: FileEntry.of(partial / name) for name in _files(partial)},
             run=dict(run or {}),
@@ -109,7 +107,7 @@ def save_or_rescue(
     Args:
         places: the directory that is meant, and others for what would be lost.
         model: as for `save_compressed`, and so are `solved` and the options.
-        solved: what to store in place of the linears' weights.
+        solved: what to store in place of the weights of linears and embeddings.
         options: keywords of `save_compressed`.
 
     Raises:
@@ -143,38 +141,6 @@ def _write_config(directory: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _tensors_to_store(
-    model: nn.Module, solved: Mapping[str, SolvedLinear], storage_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the file by name, on the CPU, and the aliases of tied ones."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first_name: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner in solved:
-            tensors |= {f"{owner}.{part}": value for part, value in solved[owner].packed.tensors.items()}
-            continue
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in first_name:
-            aliases[name] = first_name[key]
-            continue
-        first_name[key] = name
-        tensors[name] = _smallest_lossless(tensor.detach(), storage_dtype).cpu().contiguous()
-    tensors |= {name: table.detach().cpu().clone() for name, table in stored_tables(model).items()}
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if odd:
-        raise ValueError(f"a model with NaN or infinite values is not saved; they are in {', '.join(odd)}")
-    return tensors, aliases
-
-
-def _smallest_lossless(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or tensor.element_size() <= storage_dtype.itemsize:
-        return tensor
-    small = tensor.to(storage_dtype)
-    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor
-
-
 def _write_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="sgpt{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
@@ -199,6 +165,10 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if WEIGHT_FILE.fullmatch(path.name))
 
 
+def _entry(solved: SolvedLinear) -> dict[str, Any]:
+    return {"spec": solved.packed.spec.to_dict(), "report": solved.report.to_dict()}
+
+
 def _ledger(
     directory: Path, model: nn.Module, tensors: dict[str, Tensor], solved: Mapping[str, SolvedLinear]
 ) -> Ledger:
@@ -207,13 +177,17 @@ def _ledger(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embeddings |= {name for name, module in model.named_modules() if module is head}
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
+    kinds: Counter[str] = Counter()
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         part = "linears" if owner in linears and leaf != "bias" else "embeddings" if owner in embeddings else "other"
         sizes[part] += tensor.nbytes
+        if owner in solved and leaf.startswith("weight_"):
+            kinds[leaf.removeprefix("weight_")] += tensor.nbytes
     return Ledger(
         **sizes,
         headers=sum(path.stat().st_size for path in _weight_files(directory)) - sum(sizes.values()),
+        packed=dict(sorted(kinds.items())),
         linear_weights=sum(weight_matrix(linear).numel() for linear in linears.values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

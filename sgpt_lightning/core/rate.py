@@ -33,7 +33,7 @@ SWEEPS, MOST_SWEEPS = 5, 12
 """Sweeps after which any level that fits is taken, and after which all codes are 0 if none does."""
 _CLOSE = 0.0015
 """Part of a budget that may be left over when the search ends early."""
-_LARGEST_CODE = 2**22
+LARGEST_CODE = 2**22
 
 
 class RateProblem(NamedTuple):
@@ -57,7 +57,7 @@ class RateProblem(NamedTuple):
 
     def nearest_codes(self, level: float) -> Tensor:
         """Return the codes of a plain rounding, int32 `[out_features, in_features]`."""
-        return (self.target / self.step_sizes(level)).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int32)
+        return (self.target / self.step_sizes(level)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
 
     def nearest_bits(self, level: float, coded_size: CodedSize) -> int:
         """Return the bits of a plain rounding, side information included: a little less than a sweep takes."""
@@ -193,7 +193,7 @@ class _Search:
 def nearest_octave(linear: RateProblem, budget: float, coded_size: CodedSize) -> float:
     """Return log2 of the level at which plain rounding meets a budget in bits, within a few hundredths."""
     wanted = budget / linear.target.numel()
-    octave = math.log2(linear.spread) + _GAUSSIAN_BITS - wanted
+    octave = math.log2(linear.spread) + GAUSSIAN_BITS - wanted
     for _ in range(_NEAREST_STEPS):
         gap = linear.nearest_bits(2.0**octave, coded_size) / linear.target.numel() - wanted
         octave += min(max(gap, -4.0), 4.0)
@@ -202,7 +202,7 @@ def nearest_octave(linear: RateProblem, budget: float, coded_size: CodedSize) ->
     return octave
 
 
-_GAUSSIAN_BITS = 2.05
+GAUSSIAN_BITS = 2.05
 """Entropy of a Gaussian of unit variance in steps of 1: log2(sqrt(2 pi e))."""
 _NEAREST_STEPS = 6
 _NEAREST_CLOSE = 0.02

@@ -11,12 +11,13 @@ import math
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.layout import WeightSpec
+from sgpt_lightning.format.ledger import Ledger
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
 FORMAT_VERSION = 5
@@ -38,39 +39,6 @@ _PERPLEXITY: dict[str, Any] = {
     "compressed": dict[str, float | None],
     "protocol": dict[str, dict[str, Any]],
 }
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Where the bytes of the weight files went; the four parts add up to the size of the files."""
-
-    linears: int
-    """Weights of the linears in decoder blocks: codes, values, masks, ranges, zero points, widths."""
-    embeddings: int
-    """Token and position embeddings and an untied output head."""
-    other: int
-    """Biases, norms and whatever else the model holds."""
-    headers: int
-    """Names, shapes and offsets, as safetensors writes them."""
-    linear_weights: int
-    """Entries of the linears' matrices, removed ones included."""
-    parameters: int
-    """Entries of all parameters of the dense model, tied ones once."""
-
-    @property
-    def file(self) -> int:
-        """Bytes of all weight files."""
-        return self.linears + self.embeddings + self.other + self.headers
-
-    @property
-    def linear_bits_per_weight(self) -> float:
-        """True bits per weight over the linears of decoder blocks."""
-        return 8 * self.linears / max(self.linear_weights, 1)
-
-    @property
-    def file_bits_per_weight(self) -> float:
-        """True bits per parameter over the whole file."""
-        return 8 * self.file / max(self.parameters, 1)
 
 
 @dataclass(frozen=True)
@@ -107,11 +75,18 @@ class Manifest:
     """Every other file of the directory: weights, `config.json`, generation settings, the tokenizer's."""
     run: dict[str, Any]
     """Recipe, perplexities, protocols, versions: whatever the writer adds."""
+    embeddings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per embedding table or output head whose weight is packed: `spec` and `report`."""
 
     @property
     def record(self) -> RunRecord:
         """What `run` says, in typed fields."""
         return RunRecord.from_dict(self.run)
+
+    @property
+    def packed(self) -> dict[str, WeightSpec]:
+        """How to unpack each packed weight, linears first."""
+        return {name: WeightSpec.from_dict(entry["spec"]) for name, entry in (self.linears | self.embeddings).items()}
 
     @property
     def weight_files(self) -> list[str]:
@@ -142,6 +117,7 @@ class Manifest:
         elif content.pop("sha256", None) != _checksum(content):
             raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
         if version < _FIRST_WITH_LOSSES:
+            content = _with_what_came_later(content)
             _add_losses(content)
         faults = _faults(content)
         if faults:
@@ -178,7 +154,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 _FIRST_WITH_CHECKSUM = 3
 """Version 4 differs from it by the layout `coded` alone."""
 _FIRST_WITH_LOSSES = 5
-"""Before it, reports had no `predicted_loss`."""
+"""Before it, reports had no `predicted_loss`, no embedding was packed, and the ledger did not tell of what kinds of
+tensors packed weights consist."""
 
 
 def _add_losses(content: dict[str, Any]) -> None:
@@ -187,6 +164,15 @@ def _add_losses(content: dict[str, Any]) -> None:
     for entry in linears.values() if isinstance(linears, dict) else ():
         if isinstance(entry, dict) and isinstance(entry.get("report"), dict):
             entry["report"] = {"predicted_loss": None} | entry["report"]
+
+
+def _with_what_came_later(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an older manifest with the fields that it lacks, which are empty."""
+    ledger = content.get("ledger")
+    return content | {
+        "embeddings": {},
+        "ledger": ledger | {"packed": {}} if isinstance(ledger, dict) else ledger,
+    }
 
 
 def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
@@ -221,7 +207,11 @@ def _faults(content: dict[str, Any]) -> list[str]:
         return faults
     faults = [f"{key} is {content[key]!r}" for key in ("compute_dtype", "storage_dtype") if content[key] not in DTYPES]
     faults += _faults_of_files(content["files"], Ledger(**content["ledger"]))
-    faults += [fault for name, entry in content["linears"].items() for fault in _faults_of_linear(name, entry)]
+    packed = [*content["linears"].items(), *content["embeddings"].items()]
+    faults += [fault for name, entry in packed for fault in _faults_of_packed(name, entry)]
+    faults += [
+        f"{name} is among linears and embeddings" for name in content["linears"] if name in content["embeddings"]
+    ]
     faults += [f"run: {fault}" for fault in _wrong_types(content["run"], _RUN)]
     return faults or [f"run.perplexity: {f}" for f in _wrong_types(content["run"].get("perplexity", {}), _PERPLEXITY)]
 
@@ -230,7 +220,7 @@ def _faults_of_files(files: Mapping[str, Any], ledger: Ledger) -> list[str]:
     faults = [f"{name!r} is no name of a file in the directory" for name in files if not _is_inside(name)]
     faults += [] if CONFIG in files else [f"{CONFIG} is not among the files"]
     weights = sum(entry["bytes"] for name, entry in files.items() if WEIGHT_FILE.fullmatch(name))
-    if weights != ledger.file or min(asdict(ledger).values()) < 0:
+    if weights != ledger.file or ledger.least < 0:
         faults.append(f"the ledger adds up to {ledger.file} bytes, the weight files to {weights}")
     return faults
 
@@ -240,7 +230,7 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and "\\" not in name and "/".join(parts) == name and not {"..", "/", MANIFEST} & set(parts)
 
 
-def _faults_of_linear(name: str, entry: Mapping[str, Any]) -> list[str]:
+def _faults_of_packed(name: str, entry: Mapping[str, Any]) -> list[str]:
     if entry.keys() != {"spec", "report"}:
         return [f"{name} has the fields {sorted(entry)}, not spec and report"]
     try:

@@ -39,6 +39,11 @@ def linear_reports(manifest: Manifest) -> list[LinearReport]:
     return [LinearReport.from_dict(entry["report"]) for entry in manifest.linears.values()]
 
 
+def embedding_reports(manifest: Manifest) -> list[LinearReport]:
+    """Return the reports of the embeddings that are coded; their error counts each token as often as it was read."""
+    return [LinearReport.from_dict(entry["report"]) for entry in manifest.embeddings.values()]
+
+
 def report_dict(manifest: Manifest) -> dict[str, Any]:
     """Return the content of `report.json`; sizes in bytes, times in seconds. The last three `bytes` make the first."""
     ledger, record = manifest.ledger, manifest.record
@@ -54,6 +59,7 @@ def report_dict(manifest: Manifest) -> dict[str, Any]:
         },
         "bits_per_weight": {"linears": ledger.linear_bits_per_weight, "whole_file": ledger.file_bits_per_weight},
         "linears": [linear.to_dict() for linear in linear_reports(manifest)],
+        "embeddings": [table.to_dict() for table in embedding_reports(manifest)],
         "seconds": record.seconds,
         "recipe": record.recipe,
         "versions": record.versions,
@@ -123,7 +129,7 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
 
 
 def ledger_table(manifest: Manifest) -> str:
-    """Return where the bytes of the weight files went."""
+    """Return where the bytes of the weight files went, and of what packed weights consist."""
     ledger = manifest.ledger
     parts = (
         ("linears", ledger.linears, f"{ledger.linear_bits_per_weight:.3f}"),
@@ -132,13 +138,28 @@ def ledger_table(manifest: Manifest) -> str:
         ("file headers", ledger.headers, ""),
         ("whole file", ledger.file, f"{ledger.file_bits_per_weight:.3f}"),
     )
-    rows = [(name, f"{count:,}", f"{count / ledger.file:.1%}", bits) for name, count, bits in parts]
+    kinds = [
+        (f"packed weights: {title}", sum(ledger.packed.get(name, 0) for name in names), "")
+        for title, names in _PACKED.items()
+    ]
+    shown = [*parts, *(kind for kind in kinds if kind[1])]
+    rows = [(name, f"{count:,}", f"{count / ledger.file:.1%}", bits) for name, count, bits in shown]
     return format_table(("", "bytes", "share", "bits/weight"), rows)
 
 
 def plan_of_run(manifest: Manifest) -> str:
     """Return the true bits a weight of every linear, a row per decoder block."""
     return plan_table(linear_reports(manifest))
+
+
+_PACKED = {
+    "codes": ("stream", "extra", "offsets", "codes"),
+    "tables of the coder": ("tables", "rows", "columns"),
+    "steps, scales, ranges": ("level", "steps", "row_scales", "range", "zero_point", "offset", "widths"),
+    "masks": ("mask",),
+    "unquantized values": ("values",),
+}
+"""Kinds of tensors, by the names in `format/packing.py` without `weight_`."""
 
 
 def linears_table(manifest: Manifest) -> str:
@@ -173,6 +194,7 @@ def run_tables(manifest: Manifest) -> str:
 def inspection(directory: Path, manifest: Manifest) -> str:
     """Return all that `sgpt inspect` shows of a directory."""
     record = manifest.record
+    embeddings = embedding_reports(manifest)
     settings = ", ".join(f"{key}={value}" for key, value in record.recipe.items())
     parts = [
         f"{directory}: {record.model or 'model'} compressed by sgpt_lightning\nrecipe: {settings}",
@@ -180,6 +202,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
         ledger_table(manifest),
         plan_of_run(manifest),
         linears_table(manifest),
+        *([table_of_linears(embeddings, "embedding", details=True)] if embeddings else []),
         "\n".join([status_line(manifest), *map(_protocol_line, record.protocols, record.protocols.values())]),
         closing_line(manifest),
     ]

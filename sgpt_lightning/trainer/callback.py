@@ -8,15 +8,16 @@ schedule of validation is off for the same reason; the callback runs the Trainer
 
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
 
 from sgpt_lightning.calibration.checks import check_batch, least_bytes
+from sgpt_lightning.calibration.embeddings import TokenCounts, embeddings_written
 from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
 from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.checkpoint.save import save_or_rescue
@@ -36,6 +37,8 @@ from sgpt_lightning.trainer.setup import (
     TrainerSettings,
     check_report_path,
     check_trainer,
+    count_tokens,
+    network_of,
     report_path,
     rescue_places,
     run_directory,
@@ -83,6 +86,8 @@ class SparseGPTCallback(Callback):
         self.solved: dict[str, SolvedLinear] = {}
         self.manifest: Manifest | None = None
         self._calibration: Calibration | None = None
+        self._embeddings: dict[str, SolvedLinear] = {}
+        self._undo = ExitStack()
         self._settings: TrainerSettings | None = None
         self._first_epoch = 0
         self._seen = TextSeen(0, 0)
@@ -118,7 +123,7 @@ class SparseGPTCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the recipe against the model, all of it, and the disk, and set the number of epochs."""
-        network = _network(pl_module)
+        network = network_of(pl_module)
         assert isinstance(pl_module, CausalLMModule)
         self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
         self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
@@ -134,15 +139,19 @@ class SparseGPTCallback(Callback):
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense model.
+        """Measure the dense model, and write the coded embeddings into it.
 
         Raises:
             ValueError: the training data has no length.
         """
-        _network(pl_module).eval()
+        network_of(pl_module).eval()
         if trainer.num_training_batches == float("inf"):
             raise ValueError("the training data must have a length: every block is calibrated on the same batches")
         self._measure("dense", trainer, pl_module, 0)
+        assert self._calibration is not None
+        plans = self._calibration.plans
+        counts = count_tokens(trainer) if plans.embeddings else TokenCounts()
+        self._embeddings = self._undo.enter_context(embeddings_written(network_of(pl_module), plans, counts))
         self._block_started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -153,7 +162,7 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         loaded = pl_module.as_loaded(batch)
         if epoch == 0:
-            check_batch(_network(pl_module), loaded, f"calibration batch {batch_idx}")
+            check_batch(network_of(pl_module), loaded, f"calibration batch {batch_idx}")
             self._seen = self._seen.with_batch(loaded)
         self._calibration.observe(epoch, batch_idx, batch)
         self._seconds["calibrate"] += time.perf_counter() - started
@@ -199,6 +208,7 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self._check_complete(trainer)
         assert self._calibration is not None
+        self.solved |= self._embeddings
         record = RunRecord(
             model=pl_module.path,
             calibration={
@@ -216,7 +226,7 @@ class SparseGPTCallback(Callback):
         )
         self.manifest = save_or_rescue(
             [self.target(trainer), *rescue_places(trainer)],
-            _network(pl_module),
+            network_of(pl_module),
             self.solved,
             storage_dtype=pl_module.storage_dtype,
             tokenizer=pl_module.tokenizer,
@@ -242,6 +252,7 @@ class SparseGPTCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the calibration's tensors, and give the Trainer its settings and the network its mode back."""
         self._calibration = None
+        self._undo.close()  # dense again if no linear was compressed
         if self._settings is not None:
             self._settings.apply(trainer)
             self._settings = None
@@ -260,11 +271,7 @@ class SparseGPTCallback(Callback):
         done, planned = trainer.current_epoch - self._first_epoch, len(self._calibration.stages)
         # In on_train_end the last epoch is counted already, whatever ended the run.
         if done < planned or not self.solved:
-            raise IncompleteRunError(
-                f"the run ended after {done} of {planned} epochs, {len(self.solved)} linears solved: the model is not "
-                f"compressed and nothing was written to {self.target(trainer)}. Look for trainer.max_time, "
-                "limit_train_batches or a callback that stops the run"
-            )
+            raise IncompleteRunError.after(done, planned, len(self.solved), self.target(trainer))
 
     def _show(self, pl_module: LightningModule, remaining: int) -> None:
         """Give the progress bar the error of the last block and the time that is left."""
@@ -289,9 +296,3 @@ class SparseGPTCallback(Callback):
         log_perplexity(trainer.loggers, self._perplexity[label], blocks)
         self._measure_seconds = time.perf_counter() - started
         self._seconds["evaluate"] += self._measure_seconds
-
-
-def _network(pl_module: LightningModule) -> nn.Module:
-    assert isinstance(pl_module, CausalLMModule)
-    assert pl_module.network is not None, "configure_model() comes first"
-    return pl_module.network

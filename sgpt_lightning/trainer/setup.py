@@ -1,5 +1,6 @@
 """What a fit needs of the user's Trainer: settings that it can work with, some that it borrows, and where it writes."""
 
+import itertools
 import json
 import os
 import tempfile
@@ -8,15 +9,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from sgpt_lightning.calibration.checks import check_batch
+from sgpt_lightning.calibration.embeddings import TokenCounts
+from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.report.run import REPORT_KEYS
+from sgpt_lightning.trainer.module import CausalLMModule
 
 
 class IncompleteRunError(RuntimeError):
     """A run that ended before all linears were solved; nothing was written."""
+
+    @classmethod
+    def after(cls, done: int, planned: int, linears: int, target: Path) -> "IncompleteRunError":
+        """Say how many epochs were done and linears solved, and where nothing was written."""
+        return cls(
+            f"the run ended after {done} of {planned} epochs, {linears} linears solved: the model is not "
+            f"compressed and nothing was written to {target}. Look for trainer.max_time, "
+            "limit_train_batches or a callback that stops the run"
+        )
 
 
 class TrainerSettings(NamedTuple):
@@ -88,6 +102,29 @@ def check_report_path(path: Path) -> None:
 def rescue_places(trainer: Trainer) -> list[Path]:
     """Return where a model goes that cannot be written to its target."""
     return [folder / f"rescued-{os.getpid()}" for folder in (run_directory(trainer), Path(tempfile.gettempdir()))]
+
+
+def network_of(pl_module: LightningModule) -> nn.Module:
+    """Return the model of a `CausalLMModule` that is configured."""
+    assert isinstance(pl_module, CausalLMModule)
+    assert pl_module.network is not None, "configure_model() comes first"
+    return pl_module.network
+
+
+def count_tokens(trainer: Trainer) -> TokenCounts:
+    """Count the tokens of the training data; the global generators, which loaders draw from, stay as they are.
+
+    Raises:
+        TypeError: a batch is no mapping with `input_ids`, or they are no integers.
+        ValueError: they are not what the model takes.
+    """
+    assert trainer.train_dataloader is not None
+    counts = TokenCounts()
+    with own_random_state():
+        for index, batch in enumerate(itertools.islice(trainer.train_dataloader, int(trainer.num_training_batches))):
+            check_batch(network_of(trainer.lightning_module), batch, f"calibration batch {index}")
+            counts.add(batch)
+    return counts
 
 
 def warn_of_few_tokens(tokens: int, linears: Mapping[str, nn.Module]) -> None:

@@ -135,7 +135,7 @@ def test_blocks_of_several_classes_are_named_as_such():
 )
 def test_the_predicted_bytes_are_a_lower_bound_and_not_far_below(settings, share, tmp_path):
     model, recipe = make_model("opt").half().float(), Recipe(**settings)
-    predicted = least_bytes(model, plan_linears(model, recipe), torch.float16)
+    predicted = least_bytes(model, plan_linears(model, recipe, torch.float16), torch.float16)
     solved = compress(model, make_batches(3), recipe, storage_dtype=torch.float16)
     ledger = save_compressed(tmp_path / "model", model, solved, storage_dtype=torch.float16).ledger
     stored = ledger.file - ledger.headers

@@ -1,4 +1,7 @@
-"""`format-1/model` was written by commit 08975c7, and its logits and weights by that commit's own reader."""
+"""Directories of older versions.
+
+`format-1/model` was written by commit 08975c7, and its logits and weights by that commit's own reader.
+"""
 
 import hashlib
 import json
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forgery import edit_json, forge, write_model
+from forgery import MANIFEST, edit_json, forge, write_model
 
 from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
 from sgpt_lightning.format.directory import CheckpointError
@@ -53,4 +56,31 @@ def test_a_fault_in_an_older_manifest_is_an_error_that_names_it(field, value, tm
     shutil.copytree(FIRST / "model", tmp_path / "out")
     edit_json(tmp_path / "out" / "sgpt_manifest.json", lambda manifest: manifest.update({field: value}))
     with pytest.raises(CheckpointError, match=r"out"):
+        load_compressed(tmp_path / "out")
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_versions_without_coded_embeddings_are_read(version, tmp_path):
+    """They differ in what they say: no `embeddings`, and nothing of what packed weights consist of."""
+    write_model(tmp_path / "out")
+    state = load_compressed(tmp_path / "out").state_dict()
+
+    def earlier(manifest):
+        assert manifest.pop("embeddings") == {}
+        assert manifest["ledger"].pop("packed")
+        for entry in manifest["linears"].values():
+            del entry["report"]["predicted_loss"]
+        manifest["format_version"] = version
+
+    forge(tmp_path / "out", earlier)
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["format_version"] == version
+    loaded = load_compressed(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("value", [None, {"wte": 3}, {"model.decoder.embed_tokens": {"spec": {}, "report": {}}}])
+def test_embeddings_that_are_no_packed_weights_are_an_error_that_names_the_manifest(value, tmp_path):
+    write_model(tmp_path / "out")
+    forge(tmp_path / "out", lambda manifest: manifest.update(embeddings=value))
+    with pytest.raises(CheckpointError, match=r"sgpt_manifest\.json is incomplete or odd"):
         load_compressed(tmp_path / "out")
