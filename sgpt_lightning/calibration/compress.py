@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
-from sgpt_lightning.calibration.embeddings import TokenCounts, embeddings_written
+from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import evaluation_mode
@@ -52,8 +52,9 @@ def compress(
             counts.add(batch)
     storage_dtype = storage_dtype or next(model.parameters()).dtype
     calibration = calibration_for(mode, model, recipe, storage_dtype, tf32_moments)
-    with evaluation_mode(model), embeddings_written(model, calibration.plans, counts) as embeddings:
-        solved = dict(embeddings)
+    embeddings = code_embeddings(model, calibration.plans, counts)
+    solved: dict[str, SolvedLinear] = {}
+    with evaluation_mode(model):
         for epoch in range(len(calibration.stages)):
             index = -1
             for index, batch in enumerate(batches):
@@ -61,4 +62,5 @@ def compress(
             if index < 0:
                 raise ValueError("batches must hold at least one batch, got none")
             solved |= calibration.finish(epoch)
-    return solved
+    write_embeddings(model, embeddings)
+    return embeddings | solved

@@ -8,7 +8,6 @@ schedule of validation is off for the same reason; the callback runs the Trainer
 
 import signal
 import time
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgpt_lightning.calibration.checks import check_batch, least_bytes
-from sgpt_lightning.calibration.embeddings import TokenCounts, embeddings_written
+from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
 from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
 from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.checkpoint.save import save_or_rescue
@@ -87,7 +86,6 @@ class SparseGPTCallback(Callback):
         self.manifest: Manifest | None = None
         self._calibration: Calibration | None = None
         self._embeddings: dict[str, SolvedLinear] = {}
-        self._undo = ExitStack()
         self._settings: TrainerSettings | None = None
         self._first_epoch = 0
         self._seen = TextSeen(0, 0)
@@ -139,7 +137,7 @@ class SparseGPTCallback(Callback):
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense model, and write the coded embeddings into it.
+        """Measure the dense model, and code its embeddings.
 
         Raises:
             ValueError: the training data has no length.
@@ -151,7 +149,7 @@ class SparseGPTCallback(Callback):
         assert self._calibration is not None
         plans = self._calibration.plans
         counts = count_tokens(trainer) if plans.embeddings else TokenCounts()
-        self._embeddings = self._undo.enter_context(embeddings_written(network_of(pl_module), plans, counts))
+        self._embeddings = code_embeddings(network_of(pl_module), plans, counts)
         self._block_started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -180,6 +178,9 @@ class SparseGPTCallback(Callback):
             solved = self._calibration.finish(done)
             self._seconds["solve"] += time.perf_counter() - started
             self.solved |= solved
+            if done == len(stages) - 1:
+                write_embeddings(network_of(pl_module), self._embeddings)
+                self.solved |= self._embeddings
             now = time.perf_counter()
             if stages[done].linears:
                 self._last_error = mean_error(solved.values())
@@ -208,7 +209,6 @@ class SparseGPTCallback(Callback):
         assert isinstance(pl_module, CausalLMModule)
         self._check_complete(trainer)
         assert self._calibration is not None
-        self.solved |= self._embeddings
         record = RunRecord(
             model=pl_module.path,
             calibration={
@@ -252,7 +252,6 @@ class SparseGPTCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the calibration's tensors, and give the Trainer its settings and the network its mode back."""
         self._calibration = None
-        self._undo.close()  # dense again if no linear was compressed
         if self._settings is not None:
             self._settings.apply(trainer)
             self._settings = None
