@@ -77,6 +77,7 @@ def round_to_nearest(bits: int) -> Row:
 ROWS: dict[str, Row] = {
     "rate-coded 4": ours(coding="entropy", target_bits_per_weight=4),
     "rate-coded 3": ours(coding="entropy", target_bits_per_weight=3),
+    "rate-coded 3, embeddings 5": ours(coding="entropy", target_bits_per_weight=3, embedding_bits=5),
     "rate-coded 2.5": ours(coding="entropy", target_bits_per_weight=2.5),
     "rate-coded 2": ours(coding="entropy", target_bits_per_weight=2),
     "RTN 4 bit": round_to_nearest(4),
