@@ -19,6 +19,8 @@ class LayerRule:
     """`N:M`: N zeros in every M consecutive inputs."""
     target_avg_bits: float | None = None
     """Mean bits per surviving weight."""
+    target_bits_per_weight: float | None = None
+    """True bits per weight, of these linears alone: they take no part in a budget for the model."""
     widths: Sequence[int] | None = None
     """Allowed bit widths, ascending."""
     allocation: Allocation | None = None
@@ -34,9 +36,10 @@ class LayerRule:
         """Return the recipe's fields that this rule sets."""
         given = {f.name: getattr(self, f.name) for f in fields(self)[1:] if getattr(self, f.name) is not None}
         if given.pop("quantize", True):
-            return given
-        if "target_avg_bits" in given:
-            raise ValueError(f"quantize=False leaves no code to count, got target_avg_bits={self.target_avg_bits}")
+            return given | ({"scope": "layer"} if "target_bits_per_weight" in given else {})
+        for name in ("target_avg_bits", "target_bits_per_weight"):
+            if name in given:
+                raise ValueError(f"quantize=False leaves no code to count, got {name}={given[name]}")
         # One budget for the model is for what is quantized.
         return given | {
             "coding": "fixed",

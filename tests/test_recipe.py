@@ -299,3 +299,12 @@ def test_a_size_and_bits_of_embeddings_are_of_their_types():
         Recipe(coding="entropy", target_size=4.5)
     with pytest.raises(TypeError, match="embedding_bits must be int or float, got '5'"):
         Recipe(embedding_bits="5")
+
+
+def test_a_rule_with_bits_of_its_own_takes_its_linears_out_of_the_models_budget():
+    recipe = Recipe(coding="entropy", target_bits_per_weight=3, rules=[LayerRule("*.fc2", target_bits_per_weight=5)])
+    ruled, other = recipe.for_linear(NAMES[2]), recipe.for_linear(NAMES[1])
+    assert (ruled.target_bits_per_weight, ruled.scope) == (5, "layer")
+    assert (other.target_bits_per_weight, other.scope) == (3, "model")
+    with pytest.raises(ValueError, match=r"quantize=False leaves no code to count, got target_bits_per_weight=5"):
+        Recipe(rules=[LayerRule("*.fc2", target_bits_per_weight=5, quantize=False)])

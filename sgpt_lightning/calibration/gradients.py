@@ -9,8 +9,8 @@ Going backwards needs what each block computed forwards. Where that is too much 
 kept, and each block runs once more when its turn comes (Chen et al., arXiv 1604.06174).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sgpt_lightning.calibration.collector import FiniteFlags
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.replay import forwards_replaced
 
 KEPT_BYTES = 2**30
 """What the outputs of all watched linears may take in one batch before blocks are run twice."""
@@ -108,16 +109,8 @@ class OutputGradients:
         return forward
 
 
-@contextmanager
-def _run_twice(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def _run_twice(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Keep nothing of what the blocks compute but what enters them."""
-    own = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    return forwards_replaced(
+        blocks, lambda forward: partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    )

@@ -89,8 +89,8 @@ class BitBudget:
         self._left += bits
 
     def dealt(self, bits: Mapping[str, float]) -> "BitBudget":
-        """Return a budget with other bits of each linear, and what this one has left over."""
-        new = BitBudget(bits)
+        """Return a budget with other bits of some linears, and what this one has left over."""
+        new = BitBudget({**self._bits, **bits})
         new.add(self._left)
         return new
 

@@ -141,7 +141,7 @@ class BlockReplay:
                 raise _PrologueDone
             return (hidden, None) if returns_tuple[len(recorded) - 1] else hidden
 
-        with _forward_replaced(self._blocks, stub), suppress(_PrologueDone):
+        with forwards_replaced(self._blocks, lambda forward: stub), suppress(_PrologueDone):
             self._model(**inputs)
         return recorded[0][0], [call for _, call in recorded]
 
@@ -244,14 +244,17 @@ def _floats(value: Any) -> Any:
 
 
 @contextmanager
-def _forward_replaced(blocks: Sequence[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
+def forwards_replaced(
+    blocks: Sequence[nn.Module], replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Give each block another `forward` while the body runs, made of its own."""
     originals = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = stub
+            block.forward = replacement(block.forward)
         yield
     finally:
         for block, original in zip(blocks, originals, strict=True):
-            del block.forward
+            block.__dict__.pop("forward", None)
             if original is not None:
                 block.forward = original

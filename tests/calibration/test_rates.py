@@ -97,6 +97,25 @@ def test_linears_that_a_rule_leaves_unquantized_stay_dense(two_blocks, windows):
     assert not [name for name in solved if name.endswith("fc2")]
 
 
+def test_a_rule_gives_its_linears_bits_of_their_own_and_the_model_shares_the_rest(two_blocks, windows):
+    batches, _ = windows
+    recipe = Recipe(
+        coding="entropy", target_bits_per_weight=3.0, rules=[LayerRule("*.out_proj", target_bits_per_weight=5.0)]
+    )
+    solved = compress(load_model(str(two_blocks)), batches, recipe, storage_dtype=torch.float16)
+    ruled = {name: linear.report for name, linear in solved.items() if name.endswith("out_proj")}
+    others = [linear.report for name, linear in solved.items() if name not in ruled]
+    assert len(ruled) == 2
+    for report in ruled.values():
+        assert report.bits_per_weight == pytest.approx(5.0, rel=0.01)  # and what was left over before it
+    rates = [report.bits_per_weight for report in others]
+    assert max(rates) - min(rates) > 0.5
+    shared = sum(8 * report.bytes for report in others) / sum(report.weights for report in others)
+    assert shared == pytest.approx(3.0, rel=0.002)
+    total = sum(8 * linear.report.bytes for linear in solved.values())
+    assert total <= sum((5.0 if name in ruled else 3.0) * linear.report.weights for name, linear in solved.items())
+
+
 def test_a_budget_below_what_the_model_takes_is_refused_before_a_block_is_solved(two_blocks, windows):
     batches, _ = windows
     model = load_model(str(two_blocks))
