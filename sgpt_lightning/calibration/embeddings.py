@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.file_size import entries_of, packed_bytes_at_most
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.core.rate import least_coded_bits
 from sgpt_lightning.core.solution import CompressedLinear
-from sgpt_lightning.core.tables import least_table_bits, round_table
+from sgpt_lightning.core.tables import round_table
 from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
@@ -72,7 +73,7 @@ def plan_embeddings(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     for name, table in tables.items():
         weight = weight_matrix(table)
         bits[name] = recipe.embedding_bits * weight.numel()
-        least = least_table_bits(weight, coded_size)
+        least = least_coded_bits(weight, coded_size)
         if least > bits[name]:
             offenders.append(f"{name} takes {least / weight.numel():.3f} bits a weight with all codes 0")
         if not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):

@@ -80,7 +80,7 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
     """Choose sparsity and mean bits for every linear.
 
     Args:
-        jobs: the linears, by name.
+        jobs: the linears, by name; those that share an input beside each other.
 
     Returns:
         A recipe per linear with `scope="layer"`.
@@ -89,7 +89,11 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
         ValueError: the budget is below what the cheapest choice for every linear takes.
     """
     budget = sum(_budget(job) for job in jobs.values())
-    points = {name: _points(name, job) for name, job in jobs.items()}
+    points: dict[str, list[_Point]] = {}
+    inputs: SharedInput | None = None
+    for name, job in jobs.items():
+        inputs = SharedInput.of(job.statistics, inputs)
+        points[name] = _points(name, job, inputs)
     least = sum(min(point.bits for point in offers) for offers in points.values())
     weights = sum(job.weight.numel() for job in jobs.values())
     if least > budget:
@@ -117,8 +121,7 @@ def plan_rates(jobs: Mapping[str, LinearJob]) -> dict[str, float]:
     curves: dict[str, RateCurve] = {}
     inputs: SharedInput | None = None
     for name, job in jobs.items():
-        if inputs is None or inputs.statistics is not job.statistics:
-            inputs = SharedInput(job.statistics)
+        inputs = SharedInput.of(job.statistics, inputs)
         relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
         problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
         curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
@@ -140,7 +143,7 @@ def _price(job: LinearJob, recipe: Recipe, mean_bits: float, widths: Sequence[in
     return fixed_bits(recipe, shape, "output", widths) + mean_bits * count_survivors(recipe, shape)
 
 
-def _points(name: str, job: LinearJob) -> list[_Point]:
+def _points(name: str, job: LinearJob, inputs: SharedInput) -> list[_Point]:
     """Return what can be done to a linear, with its price and its loss."""
     recipe = replace(job.recipe, scope="layer", target_bits_per_weight=None, allocation="rows")
     masks = [replace(recipe, sparsity=sparsity, pattern=None) for sparsity in sorted({*SPARSITIES, recipe.zeros})]
@@ -148,7 +151,6 @@ def _points(name: str, job: LinearJob) -> list[_Point]:
         masks = [recipe, replace(recipe, sparsity=0.0, pattern=None)]
     elif not recipe.prunes:
         masks = [recipe]
-    inputs = SharedInput(job.statistics)
     trial_bits = min(recipe.widths, key=lambda bits: abs(bits - TRIAL_BITS))
     points = []
     for masked in masks:

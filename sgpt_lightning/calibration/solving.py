@@ -34,9 +34,7 @@ def solve_linears(
     solved: dict[str, SolvedLinear] = {}
     inputs: SharedInput | None = None
     for names in _solved_together(linears, collector, plans):
-        seen = collector.statistics(names[0])
-        if inputs is None or inputs.statistics is not seen:  # linears that share an input stand beside each other
-            inputs = SharedInput(seen)
+        inputs = SharedInput.of(collector.statistics(names[0]), inputs)
         recipe, has_bias = plans.recipes[names[0]], _has_bias(linears[names[0]])
         bits = plans.budget.of(names) if recipe.coding == "entropy" else [None] * len(names)
         matrices = [

@@ -130,9 +130,11 @@ class SharedInput:
         self._problems: dict[tuple[bool, float], InputProblem] = {}
 
     @classmethod
-    def of(cls, inputs: "InputStatistics | SharedInput") -> "SharedInput":
-        """Wrap statistics, unless they are wrapped already."""
-        return inputs if isinstance(inputs, SharedInput) else cls(inputs)
+    def of(cls, inputs: "InputStatistics | SharedInput", known: "SharedInput | None" = None) -> "SharedInput":
+        """Wrap statistics, unless they are wrapped already or `known` wraps them (q, k and v stand side by side)."""
+        if isinstance(inputs, SharedInput):
+            return inputs
+        return known if known is not None and known.statistics is inputs else cls(inputs)
 
     def problem(self, *, centred: bool, damp_percent: float, name: str = "") -> InputProblem:
         """Return the problem for a way to centre and damp, made at the first call; arguments as `InputProblem`."""

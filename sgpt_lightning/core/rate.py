@@ -8,8 +8,8 @@ Entropy coding makes the number of levels free, so what is left to choose is how
   channel then adds the same, which is reverse water-filling (Cover and Thomas, Elements of Information Theory, section
   10.3.3). Channels that matter get fine steps, hence more bits; a weight much smaller than its step gets the code 0.
 - Row scales f_r are the square root of what an error of the row costs the model's loss (`row_weights`).
-- The level D is found on the coded size: bits fall by about one with every octave of D, so a secant on its logarithm
-  needs a few sweeps.
+- The level D is found on the coded size: bits fall by about one with every octave of D, so regula falsi on its
+  logarithm needs a few sweeps.
 
 Steps and row scales lie on logarithmic grids and take a byte each (`solution.Coded`).
 """
@@ -23,7 +23,15 @@ from torch import Tensor
 
 from sgpt_lightning.core.linear import LinearProblem
 from sgpt_lightning.core.scales import ColumnScales
-from sgpt_lightning.core.solution import ROW_OCTAVE, STEP_OCTAVE, Coded, SolveError, power_of_two
+from sgpt_lightning.core.solution import (
+    ROW_OCTAVE,
+    STEP_OCTAVE,
+    Coded,
+    SolveError,
+    octave_index,
+    power_of_two,
+    side_bytes,
+)
 from sgpt_lightning.core.sweep import sweep
 
 CodedSize = Callable[[Tensor], int]
@@ -34,6 +42,20 @@ SWEEPS, MOST_SWEEPS = 5, 12
 _CLOSE = 0.0015
 """Part of a budget that may be left over when the search ends early."""
 LARGEST_CODE = 2**22
+"""In magnitude, of a plain rounding."""
+
+
+def least_coded_bits(weight: Tensor, coded_size: CodedSize) -> int:
+    """Return the bits that a matrix takes in all with codes that are all 0."""
+    return 8 * (coded_size(torch.zeros_like(weight, dtype=torch.int32)) + side_bytes(weight.shape))
+
+
+def octaves_for(bits: float, rate: float) -> float:
+    """Return by how much log2 of the level has to rise for so many bits a weight less, at about `rate` of them.
+
+    An octave is a bit where there are many, and less where most codes are 0 already.
+    """
+    return bits / min(max(rate, 0.3), 1.0)
 
 
 class RateProblem(NamedTuple):
@@ -77,15 +99,15 @@ class RateProblem(NamedTuple):
     @property
     def side_bytes(self) -> int:
         """Bytes of what stands beside the codes: the level, the steps and the row scales."""
-        return 4 + len(self.steps) + len(self.rows)
+        return side_bytes(self.target.shape)
 
 
 def rate_problem(problem: LinearProblem) -> RateProblem:
     """Scale rows and lay out steps; columns in their own order."""
     diagonal = problem.objective.input.factor.hinv_chol.diagonal()
-    steps = (STEP_OCTAVE * (diagonal.max() / diagonal).log2()).round_().clamp_(0, 255).to(torch.uint8)
+    steps = octave_index(diagonal.max() / diagonal, STEP_OCTAVE)
     roots = _row_roots(problem)
-    rows = (ROW_OCTAVE * (roots / roots.min()).log2()).round_().clamp_(0, 255).to(torch.uint8)
+    rows = octave_index(roots / roots.min(), ROW_OCTAVE)
     scaled = problem.objective.target / power_of_two(rows, ROW_OCTAVE)[:, None]
     return RateProblem(problem, scaled, steps, rows)
 
@@ -147,8 +169,7 @@ class _Search:
 
     def __init__(self, linear: RateProblem, budget: float, coded_size: CodedSize) -> None:
         self.linear, self.budget = linear, budget
-        self._nothing = torch.zeros(linear.target.shape, dtype=torch.int32, device=linear.target.device)
-        least, weights = 8 * (coded_size(self._nothing) + linear.side_bytes), linear.target.numel()
+        least, weights = least_coded_bits(linear.target, coded_size), linear.target.numel()
         if budget < least:
             raise SolveError(
                 f"{linear.problem.name or 'the linear'} takes {least / weights:.3f} bits a weight before any code is "
@@ -180,13 +201,12 @@ class _Search:
         if self._fits is not None and self._exceeds is not None:
             share = (self._exceeds.bits - aim) / max(self._exceeds.bits - self._fits.bits, 1)
             return self._exceeds.octave + min(max(share, 0.05), 0.95) * (self._fits.octave - self._exceeds.octave)
-        # An octave is a bit where there are many, and less where most codes are 0 already.
-        step = (tried.bits - aim) / weights / min(max(self.budget / weights, 0.3), 1.0)
+        step = octaves_for((tried.bits - aim) / weights, self.budget / weights)
         return tried.octave + (1.2 if step > 0 else 1.0) * step * 1.5 ** max(self._sweeps - 2, 0)
 
     def result(self) -> Coded:
         if self._fits is None or self._codes is None:
-            return self.linear.coded(self._nothing, 2.0**self.octave)
+            return self.linear.coded(torch.zeros_like(self.linear.target, dtype=torch.int32), 2.0**self.octave)
         return self.linear.coded(self._codes, 2.0**self._fits.octave)
 
 

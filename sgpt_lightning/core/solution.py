@@ -1,5 +1,6 @@
 """What a solve leaves of one weight matrix, exactly as it will be stored; what packs and reports it needs no solver."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,16 @@ def power_of_two(index: Tensor, octave: int) -> Tensor:
     fractions = torch.tensor([2.0 ** (-part / octave) for part in range(octave)], device=index.device)
     whole = index.long()
     return torch.ldexp(fractions[whole % octave], -(whole // octave))
+
+
+def octave_index(ratio: Tensor, octave: int) -> Tensor:
+    """Return the index at which `power_of_two` is nearest to 1 / ratio, uint8; ratios are at least 1."""
+    return (octave * ratio.log2()).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def side_bytes(shape: Sequence[int]) -> int:
+    """Return the bytes of what stands beside the codes of a `Coded` matrix: the level, the steps and the row scales."""
+    return 4 + sum(shape)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.rate import GAUSSIAN_BITS, LARGEST_CODE, CodedSize
-from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, SolveError, power_of_two
+from sgpt_lightning.core.rate import GAUSSIAN_BITS, LARGEST_CODE, CodedSize, octaves_for
+from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, SolveError, octave_index, power_of_two, side_bytes
 
 _CLOSE = 0.0005
 """Part of the bits that may be left over when the search ends early."""
 _MOST_TRIALS = 16
-
-
-def least_table_bits(weight: Tensor, coded_size: CodedSize) -> int:
-    """Return the bits that a table `[rows, columns]` takes in all with codes that are all 0."""
-    return 8 * (coded_size(torch.zeros_like(weight, dtype=torch.int32)) + _side_bytes(weight))
 
 
 def round_table(
@@ -46,7 +41,7 @@ def round_table(
     weight = weight.detach().float()
     rows = _row_scales(weight, row_weights)
     steps = torch.zeros(weight.shape[1], dtype=torch.uint8, device=weight.device)
-    scaled, side = weight / power_of_two(rows, ROW_OCTAVE)[:, None], _side_bytes(weight)
+    scaled, side = weight / power_of_two(rows, ROW_OCTAVE)[:, None], side_bytes(weight.shape)
 
     def coded(octave: float) -> tuple[Coded, int]:
         codes = (scaled / 2.0**octave).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
@@ -62,8 +57,7 @@ def round_table(
             best, most = tried, taken
         if bits * (1 - _CLOSE) <= taken <= bits:
             break
-        # An octave is a bit where there are many, and less where most codes are 0 already.
-        octave += (taken - bits * (1 - _CLOSE / 2)) / weight.numel() / min(max(rate, 0.3), 1.0)
+        octave += octaves_for((taken - bits * (1 - _CLOSE / 2)) / weight.numel(), rate)
     if best is None:
         raise SolveError(f"{name} does not fit into {rate:.3f} bits a weight")
     return best
@@ -74,8 +68,4 @@ def _row_scales(weight: Tensor, row_weights: Tensor | None) -> Tensor:
     if row_weights is None:
         return torch.zeros(len(weight), dtype=torch.uint8, device=weight.device)
     roots = row_weights.to(weight.device, torch.float32).sqrt()
-    return (ROW_OCTAVE * (roots / roots.min()).log2()).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _side_bytes(weight: Tensor) -> int:
-    return 4 + sum(weight.shape)
+    return octave_index(roots / roots.min(), ROW_OCTAVE)

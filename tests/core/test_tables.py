@@ -7,8 +7,9 @@ import pytest
 import torch
 from oracles import generator
 
+from sgpt_lightning.core.rate import least_coded_bits
 from sgpt_lightning.core.solution import SolveError
-from sgpt_lightning.core.tables import least_table_bits, round_table
+from sgpt_lightning.core.tables import round_table
 from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.packing import pack_weight
 
@@ -63,7 +64,7 @@ def test_all_zeros_and_sixteen_bits_are_tables_too():
 
 
 def test_what_does_not_fit_and_what_is_no_number_is_refused_by_name():
-    least = least_table_bits(WEIGHT, coded_size)
+    least = least_coded_bits(WEIGHT, coded_size)
     assert least >= 8 * (300 + 48 + 4)
     with pytest.raises(SolveError, match=r"wte does not fit into 0\.\d+ bits a weight"):
         round_table(WEIGHT, least - 8, coded_size, name="wte")
