@@ -30,6 +30,7 @@ from sgpt_lightning.checkpoint.contents import contents
 from sgpt_lightning.format.description import (
     CONFIG,
     GENERATION_CONFIG,
+    RESIDENTS,
     SHARD_INDEX,
     WEIGHT_FILE,
     WEIGHTS,
@@ -45,8 +46,6 @@ from sgpt_lightning.models.linears import weight_matrix
 MAX_SHARD_SIZE = "5GB"
 NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory: import sgpt_lightning first, then load it again"
 """Where transformers looks for the name of the weights; it stops there and shows this text."""
-RESIDENT = "packed"
-"""How packed weights live in memory unless `from_pretrained` is told otherwise."""
 
 
 def save_compressed(
@@ -135,7 +134,7 @@ def config_text(config: Any, description: Description) -> str:
     """Return the content of `config.json`, for a model's config (of which keys of ours are replaced)."""
     content = json.loads(config.to_json_string()) | {
         "quantization_config": description.to_dict(),
-        "resident": RESIDENT,
+        "resident": RESIDENTS[0],
         "transformers_weights": NO_PLAIN_WEIGHTS,
     }
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

@@ -19,6 +19,8 @@ GENERATION_CONFIG = "generation_config.json"
 SHARD_INDEX = "sgpt.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
 WEIGHTS = ("sgpt.safetensors", SHARD_INDEX)
+RESIDENTS = ("packed", "coded", "dense")
+"""How packed weights live in memory: codes of just enough bits, the stored tensors as they are, or unpacked."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
