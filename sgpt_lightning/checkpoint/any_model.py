@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.format.description import Residence
 from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.names import find_model, resolve_model
@@ -38,7 +39,10 @@ def load_dense(name: str, **options: Any) -> nn.Module:
 
 
 def load_model(
-    path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None, resident: str = "dense"
+    path: str,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    resident: Residence = "dense",
 ) -> nn.Module:
     """Load a dense or compressed model on the CPU, frozen and in eval mode.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.reading import (
     Stored,
     blaming,
@@ -17,7 +18,7 @@ from sgpt_lightning.checkpoint.reading import (
     read_stored,
     take_packed,
 )
-from sgpt_lightning.format.description import CONFIG, RESIDENTS
+from sgpt_lightning.format.description import CONFIG, Residence
 from sgpt_lightning.format.directory import CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
@@ -50,7 +51,7 @@ def load_compressed(
     *,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
-    resident: str = "dense",
+    resident: Residence = "dense",
 ) -> nn.Module:
     """Read a compressed model as a transformers model in eval mode.
 
@@ -73,8 +74,7 @@ def load_compressed(
     compute_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(compute_dtype, torch.dtype):
         raise ValueError(f"dtype must be a torch.dtype or the name of one, got {dtype!r}")
-    if resident not in RESIDENTS:
-        raise ValueError(f"resident must be one of {', '.join(RESIDENTS)}, got {resident!r}")
+    check_choice("resident", resident, Residence)
     if resident != "dense":
         options = {"dtype": compute_dtype, "attn_implementation": attn_implementation, "resident": resident}
         return read_settled(directory, lambda path: _load_packed(path, options))

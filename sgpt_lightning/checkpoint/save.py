@@ -30,7 +30,7 @@ from sgpt_lightning.checkpoint.contents import contents
 from sgpt_lightning.format.description import (
     CONFIG,
     GENERATION_CONFIG,
-    RESIDENTS,
+    RESIDENT,
     SHARD_INDEX,
     WEIGHT_FILE,
     WEIGHTS,
@@ -134,7 +134,7 @@ def config_text(config: Any, description: Description) -> str:
     """Return the content of `config.json`, for a model's config (of which keys of ours are replaced)."""
     content = json.loads(config.to_json_string()) | {
         "quantization_config": description.to_dict(),
-        "resident": RESIDENTS[0],
+        "resident": RESIDENT,
         "transformers_weights": NO_PLAIN_WEIGHTS,
     }
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

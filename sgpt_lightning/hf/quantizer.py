@@ -20,8 +20,10 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.load import fill_tables
 from sgpt_lightning.checkpoint.reading import (
+    blaming,
     check_counts,
     check_shapes,
     naming,
@@ -29,11 +31,11 @@ from sgpt_lightning.checkpoint.reading import (
     read_headers,
     take_packed,
 )
-from sgpt_lightning.format.description import CONFIG, RESIDENTS, WEIGHT_FILE, Description
+from sgpt_lightning.format.description import CONFIG, RESIDENT, WEIGHT_FILE, Description, Residence
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
-from sgpt_lightning.packed.modules import pack_model, tied_to_packed, unpack_model
+from sgpt_lightning.packed.modules import pack_model, packed_modules, tied_to_packed, unpack_model
 
 
 class SgptConfig(QuantizationConfigMixin):
@@ -67,16 +69,15 @@ class SgptQuantizer(HfQuantizer):
 
         Raises:
             CheckpointError: the description is odd or of another version; files do not agree with the manifest.
-            ValueError: `resident` is not one of `RESIDENTS`.
+            ValueError: `resident` is not a `Residence`.
         """
         if self.description is not None:
             return config
         path = Path(config.name_or_path or CONFIG)
         with naming(path / CONFIG):
             self.description = Description.from_dict(self.quantization_config.values)
-        self._resident = config.__dict__.pop("resident", RESIDENTS[0])
-        if self._resident not in RESIDENTS:
-            raise ValueError(f"resident must be one of {', '.join(RESIDENTS)}, got {self._resident!r}")
+        self._resident = config.__dict__.pop("resident", RESIDENT)
+        check_choice("resident", self._resident, Residence)
         if (path / MANIFEST).is_file():
             self._check(path, None)
             headers = read_headers([file for file in path.iterdir() if WEIGHT_FILE.fullmatch(file.name)])
@@ -148,6 +149,10 @@ class SgptQuantizer(HfQuantizer):
         mark_compressed(model)
         if self._resident == "dense":
             return self._dequantize(model)
+        for name, module in packed_modules(model).items() if self._resident == "packed" else ():
+            if module.holder is module:
+                with blaming(self._source.path / CONFIG, name):
+                    module.reside()
         self._source.remember(model)
         save_as_loaded(model, self._source)
         return model

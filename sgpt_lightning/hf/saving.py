@@ -22,6 +22,7 @@ from sgpt_lightning.checkpoint.save import config_text, generation_text
 from sgpt_lightning.format.description import CONFIG, GENERATION_CONFIG, SHARD_INDEX, Description
 from sgpt_lightning.format.directory import MANIFEST, adding
 from sgpt_lightning.format.manifest import FileEntry, Manifest
+from sgpt_lightning.packed.modules import packed_modules
 
 UNSUPPORTED = ("state_dict", "variant", "distributed_checkpoint", "push_to_hub")
 
@@ -113,6 +114,9 @@ def _save(model: Any, source: Source, save_directory: Any, is_main_process: bool
 def _tensors(model: Any, source: Source) -> dict[str, Tensor]:
     """Return the tensors of the files by name, on the CPU, in the dtype that they came in where that loses nothing."""
     state = model.state_dict() | dict(model.named_buffers())
+    for name, module in packed_modules(model).items():
+        if module.holder is module:
+            state |= {f"{name}.{part}": tensor for part, tensor in module.packed_weight.tensors.items()}
     tensors = {}
     for name, stored in source.stored.items():
         tensor = state[name].detach().cpu().contiguous()

@@ -9,6 +9,10 @@ A class that is `nn.Linear` or `nn.Embedding` itself becomes `PackedLinear` or `
 own forward: OPT's positions call `super().forward(...)`, Gemma's tables scale what that returns. So its packed class is
 made from both, theirs first.
 
+Resident `coded`, a module has the file's tensors. Resident `packed`, it has the form of `format/resident.py` in their
+place: a table then unpacks only the rows that are looked up, and a linear on a GPU takes the product of a few rows
+straight from the codes, which adds up in another order than a matrix product does. On the CPU both compute the same.
+
 Left out: gradients to packed weights, and resizing of packed tables.
 """
 
@@ -21,7 +25,11 @@ from torch import Tensor, nn
 
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import unpack_weight
+from sgpt_lightning.format.resident import MOST_ROWS, Resident, reside
 from sgpt_lightning.models.linears import is_conv1d
+
+STORED, IN_MEMORY = "weight_", "resident_"
+"""How the names of buffers begin that are the file's, and those of `format/resident.py`."""
 
 
 class Packed(nn.Module):
@@ -33,26 +41,68 @@ class Packed(nn.Module):
     """dtype that the module computes in."""
 
     @property
+    def holder(self) -> "Packed":
+        """The module that holds the tensors: this one, or the one that it is tied to."""
+        return self.__dict__.get("_owner", self)
+
+    @property
+    def resident(self) -> Resident | None:
+        """The form in memory, over the buffers as they are; None where they are the file's."""
+        form: Resident | None = self.holder.__dict__.get("_form")
+        return None if form is None else form.with_tensors(self.holder.tensors(IN_MEMORY))
+
+    @property
     def packed_weight(self) -> PackedWeight:
-        """The stored tensors, where the module (or the one that it is tied to) is."""
-        owner = self.__dict__.get("_owner", self)
-        return PackedWeight(self.spec, {n: t for n, t in owner._buffers.items() if n.startswith("weight_")})
+        """The file's tensors; made anew, byte for byte, where the module is resident in another form."""
+        form = self.resident
+        return PackedWeight(self.spec, self.holder.tensors(STORED)) if form is None else form.stored()
 
     @property
     def weight(self) -> Tensor:
         """The dense weight in the compute dtype and the form that the dense module has, made anew each time."""
-        return self._formed(unpack_weight(self.packed_weight)).to(self.compute_dtype).contiguous()
+        form = self.resident
+        matrix = unpack_weight(self.packed_weight) if form is None else form.weight()
+        return self._formed(matrix).to(self.compute_dtype).contiguous()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return the buffers whose names begin with a prefix; `IN_MEMORY` is left out of the names."""
+        found = {name: tensor for name, tensor in self._buffers.items() if name.startswith(prefix)}
+        return {name.removeprefix(IN_MEMORY): tensor for name, tensor in found.items() if tensor is not None}
+
+    def reside(self) -> None:
+        """Bring the file's tensors into the form of `format/resident.py`; for the holder of them.
+
+        Raises:
+            ValueError: they cannot be unpacked.
+        """
+        form = reside(self.packed_weight)
+        self.drop_tensors()
+        self.__dict__["_form"] = form.with_tensors({})
+        for name, tensor in form.tensors.items():
+            self.register_buffer(IN_MEMORY + name, tensor)
+
+    def drop_tensors(self) -> None:
+        """Let go of the packed weight."""
+        for name in [name for name in self._buffers if name.startswith((STORED, IN_MEMORY))]:
+            del self._buffers[name]
 
     def _formed(self, matrix: Tensor) -> Tensor:
         return matrix
 
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """Return the product with a few rows on a GPU, without the bias; None where it is to be taken otherwise."""
+        form = self.resident
+        if form is None or not x.is_cuda or x.numel() > MOST_ROWS * x.shape[-1] or x.requires_grad:
+            return None
+        return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move the stored tensors as others, but never cast them: `model.half()` is about how to compute."""
-        stored = {name: tensor for name, tensor in self._buffers.items() if name.startswith("weight_")}
+        stored = self.tensors(STORED)
         super()._apply(fn, recurse)
         for name, before in stored.items():
             after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
+            if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
@@ -64,13 +114,41 @@ class Packed(nn.Module):
 class PackedLinear(Packed, nn.Linear):  # type: ignore[override]
     """`nn.Linear` with a packed weight."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what the dense module returns, `[..., out_features]` for `[..., in_features]`."""
+        product = self._few_rows(input)
+        if product is None:
+            return super().forward(input)
+        return product if self.bias is None else product + self.bias
+
 
 class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` with a packed table."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of whole numbers `[...]`, `[..., embedding_dim]`; of a coded table all are unpacked for it.
+
+        Raises:
+            IndexError: a number is no row (on the CPU; a GPU does not wait to look).
+        """
+        form = self.resident
+        if form is None or input.numel() >= self.num_embeddings:
+            return super().forward(input)
+        index = input.reshape(-1).long()
+        if index.device.type == "cpu" and bool(((index < 0) | (index >= self.num_embeddings)).any()):
+            raise IndexError(f"numbers of rows must be from 0 to {self.num_embeddings - 1}, got {index.tolist()!s:.80}")
+        return form.rows(index).to(self.compute_dtype).view(*input.shape, self.embedding_dim)
+
 
 class PackedTransposed(Packed):
     """What makes transformers' `Conv1D` packed: its weight is `[in_features, out_features]`."""
+
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the dense module returns, `[..., out_features]` for `[..., in_features]`."""
+        product = self._few_rows(x)
+        return super().forward(x) if product is None else product + self.bias
 
     def _formed(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -93,7 +171,7 @@ def packed_class(dense: type[nn.Module], transposed: bool = False) -> type[Packe
         if issubclass(dense, plain):
             return type(f"Packed{dense.__name__}", (dense, packed), {"__doc__": packed.__doc__})
     if transposed:
-        return type(f"Packed{dense.__name__}", (dense, PackedTransposed), {"__doc__": PackedTransposed.__doc__})
+        return type(f"Packed{dense.__name__}", (PackedTransposed, dense), {"__doc__": PackedTransposed.__doc__})
     raise ValueError(f"only linears and embeddings can be packed, got {dense.__name__}")
 
 
@@ -139,13 +217,12 @@ def pack_model(model: nn.Module, packed: Mapping[str, PackedWeight], aliases: Ma
 
 def unpack_model(model: nn.Module) -> None:
     """Turn the packed modules of a model into dense ones, in place, one by one; tied ones share a parameter again."""
-    owners = {module: module.__dict__.get("_owner", module) for module in packed_modules(model).values()}
+    owners = {module: module.holder for module in packed_modules(model).values()}
     for module in sorted(owners, key=lambda module: owners[module] is not module):  # owners first
         owner = owners[module]
         weight = nn.Parameter(module.weight, requires_grad=False) if owner is module else owner._parameters["weight"]
-        for name in module.packed_weight.tensors if owner is module else ():
-            del module._buffers[name]
-        for name in ("spec", "compute_dtype", "_owner"):
+        module.drop_tensors()
+        for name in ("spec", "compute_dtype", "_owner", "_form"):
             module.__dict__.pop(name, None)
         module.__class__ = module.__dict__.pop("dense_class")
         module.register_parameter("weight", weight)
