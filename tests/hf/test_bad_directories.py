@@ -1,6 +1,7 @@
 """What is damaged, foreign or forged is a named error of `from_pretrained`, before anything of a model is there."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from forgery import CONFIG, FC1, MANIFEST, WEIGHTS, edit_json, forge, forge_description
+from forgery import CONFIG, FC1, MANIFEST, WEIGHTS, damage, edit_json, forge, forge_description
 from packed_models import FORMS, load, logits, write
 from safetensors.torch import load_file, save_file
 
@@ -167,3 +168,33 @@ def test_links_of_the_hubs_cache_are_followed_and_need_not_be_all_there(forms, t
         (snapshot / name).symlink_to(forms[0] / "opt" / name)
     assert torch.equal(logits(load(snapshot)), forms[1]["opt"])
     assert "sgpt" in json.loads((snapshot / CONFIG).read_text())["quantization_config"].values()
+
+
+DAMAGES = 60  # 250 found no third outcome
+
+
+def outcome(directory: Path) -> torch.Tensor | str:
+    """Return the logits, or the message of an error that is allowed: a config that transformers cannot read is its."""
+    try:
+        return logits(load(directory))
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return str(error) if CONFIG in str(error) else f"nothing is named by {error!r}"
+
+
+def test_random_damage_is_a_named_error_or_the_same_logits(forms, tmp_path):
+    chance, errors = random.Random(0), 0
+    for number in range(DAMAGES):
+        name = chance.choice(["opt", "llama", "opt-coded"])
+        directory = tmp_path / str(number)
+        shutil.copytree(forms[0] / name, directory)
+        what = damage(chance, directory, [forms[0] / other for other in ("gpt2", "gpt2-coded")])
+        found = outcome(directory)
+        if isinstance(found, str):
+            errors += 1
+            assert str(directory) in found, what
+        else:
+            assert torch.equal(found, forms[1][name]), what
+        shutil.rmtree(directory)
+    assert 0.7 * DAMAGES < errors < DAMAGES
