@@ -35,8 +35,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.paths import MATVEC, with_kernels
 from sgpt_lightning.core.solution import Coded, Pruned, Solution
 from sgpt_lightning.format import fields, survivors
+from sgpt_lightning.format.launch import has_kernels, multiply
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_as, unpack_solution
 from sgpt_lightning.format.planes import Run
@@ -102,15 +104,23 @@ class Resident:
                 f"x must be [n, in_features] with n <= {MOST_ROWS} and in_features = {self.spec.shape[1]}, "
                 f"got {list(x.shape)}"
             )
-        return (x.float() @ self.weight().T).to(x.dtype)
+        plain = lambda: (x.float() @ self._solution(None).weight().T).to(x.dtype)
+        if not has_kernels(self.spec) or not len(x):
+            return plain()
+        parts = self.spec, self.runs, self._floats()
+        return with_kernels(self.device, MATVEC, lambda kernels: multiply(kernels, x, *parts), plain)
 
     def stored(self) -> PackedWeight:
         """Return the file's form, byte for byte what this was made of; coded weights are encoded for it."""
         return pack_as(self._solution(None), self.spec)
 
+    def _floats(self) -> dict[str, Tensor]:
+        """Return the tensors, floats as such."""
+        return {name: bits.view(self.floats.get(name, bits.dtype)) for name, bits in self.tensors.items()}
+
     def _solution(self, index: Tensor | None) -> Solution:
         """Return all rows, or some."""
-        tensors = {name: bits.view(self.floats.get(name, bits.dtype)) for name, bits in self.tensors.items()}
+        tensors = self._floats()
         if "mask" in tensors:
             return survivors.read(self.spec, self.runs, tensors, index)
         if "values" in tensors:

@@ -1,0 +1,62 @@
+"""Weights in memory as the kernels take them."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.format.layout import WeightSpec
+from sgpt_lightning.format.planes import Run
+
+
+_KINDS = (None, "zero-point", "offset", "zero-free")
+"""Grids as kernels number them; None is coded."""
+
+
+def has_kernels(spec: WeightSpec) -> bool:
+    """Whether kernels know weights of this kind."""
+    return spec.layout == "coded" or (spec.layout == "dense" and spec.widths is not None)
+
+
+def bands_of(kernels: ModuleType, spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]) -> list[Any]:
+    """Describe a weight to kernels: one band of rows, or one for each width where rows have widths.
+
+    Args:
+        kernels: the module that has `Band`.
+        spec: of the weight.
+        runs: its runs.
+        tensors: by name, floats as floats.
+    """
+    by_width = spec.width_axis == "input" and spec.grid in ("offset", "zero-free") and spec.group_size is None
+    numbers = reversed(range(len(runs)))
+    cut = [kernels.Run(*run, number if by_width else 0) for number, run in zip(numbers, runs, strict=True)]
+    names = ("column_factors", "row_factors", "span", "origin", "apart_at", "apart", "apart_tiles")
+    whole = kernels.Band(
+        kind=_KINDS.index(spec.grid), words=tensors["words"], runs=tuple(cut), rows=spec.shape[0],
+        columns=spec.shape[1], order=tensors.get("order"), row_order=None, group_size=spec.group_size or 0,
+        widest=spec.widths[-1] if spec.widths else 0, **{name: tensors.get(name) for name in names},
+    )  # fmt: skip
+    if spec.width_axis == "input":
+        return [whole]
+    return [
+        whole._replace(
+            runs=(kernels.Run(run.bits, 0, spec.shape[1], run.start, 0),), rows=run.channels, order=None,
+            row_order=tensors["order"][run.first : run.first + run.channels] if len(runs) > 1 else None,
+        )
+        for run in runs
+    ]  # fmt: skip
+
+
+def multiply(
+    kernels: ModuleType, x: Tensor, spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]
+) -> Tensor:
+    """Multiply x with the transposed weight; as `Resident.matvec`."""
+    return kernels.matvec(x.contiguous(), bands_of(kernels, spec, runs, tensors), spec.shape[0])
+
+
+def unpack(
+    kernels: ModuleType, spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Unpack the whole weight; as `Resident.weight`."""
+    return kernels.unpack(bands_of(kernels, spec, runs, tensors), spec.shape, dtype)
