@@ -93,7 +93,7 @@ def _magnitude(codes: Tensor) -> Tensor:
 
 
 def _cheapest_bits(codes: Tensor) -> Tensor:
-    """Return the bits of each column, int64 `[in_features]`: the two widths at which all take least, codes apart too."""
+    """Return the bits of each column, int64 `[in_features]`: of the two widths at which all take least."""
     magnitude = _magnitude(codes)
     widest = int(magnitude.max()).bit_length() + 1
     bits = torch.arange(1, widest + 1, device=codes.device)

@@ -9,7 +9,6 @@ from torch import Tensor
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.planes import Run
 
-
 _KINDS = (None, "zero-point", "offset", "zero-free")
 """Grids as kernels number them; None is coded."""
 
@@ -59,4 +58,10 @@ def unpack(
     kernels: ModuleType, spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """Unpack the whole weight; as `Resident.weight`."""
-    return kernels.unpack(bands_of(kernels, spec, runs, tensors), spec.shape, dtype)
+    weight = kernels.unpack(bands_of(kernels, spec, runs, tensors), spec.shape, dtype)
+    if "apart" in tensors:
+        row, place = tensors["apart_at"].long() // spec.shape[1], tensors["apart_at"].long() % spec.shape[1]
+        column = place if "order" not in tensors else tensors["order"][place].long()
+        value = tensors["apart"].float() * tensors["column_factors"][place] * tensors["row_factors"][row]
+        weight[row, column] = value.to(dtype)
+    return weight

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from sgpt_lightning.kernels.columns import FAILURES as FAILURES
 from sgpt_lightning.kernels.words import (
-    Band, Run, column_of, field, grid_scale, grid_value, held_by, lane_words, pointers, row_words, small_float,
+    Band,
+    Run,
+    column_of,
+    field,
+    grid_scale,
+    grid_value,
+    held_by,
+    lane_words,
+    pointers,
+    row_words,
+    small_float,
     wide_field,
 )  # fmt: skip
 
@@ -155,9 +165,14 @@ def _matvec(
                 N, ROWS, LANES, KIND, SECOND_BITS, WIDEST, GROUP, ORDERED,
             )  # fmt: skip
             a, b, c, d, e, f, g, h = a + a2, b + b2, c + c2, d + d2, e + e2, f + f2, g + g2, h + h2
-        _store(
-            out, row_factors, number, row, rows, n, out_features, split, a, b, c, d, e, f, g, h, N, KIND
-        )
+        _store(out, row_factors, number, row, rows, n, out_features, split, a, 0, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, b, 1, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, c, 2, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, d, 3, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, e, 4, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, f, 5, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, g, 6, N, KIND)
+        _store(out, row_factors, number, row, rows, n, out_features, split, h, 7, N, KIND)
     if APART:
         if split == splits:
             for i in range(n):
@@ -165,41 +180,23 @@ def _matvec(
                     x + i * columns, order, column_factors, apart_at, apart, apart_tiles, rows, columns,
                     ROWS, ORDERED,
                 )  # fmt: skip
-                _store_one(out, row_factors, number, row, rows, out_features, split * n + i, found, KIND)
+                _store(
+                    out + i * out_features, row_factors, number, row, rows, n, out_features, split, found, 0, N, KIND
+                )
 
 
 @triton.jit
 def _store(
-    out, row_factors, number, row, rows, n, out_features, split, a, b, c, d, e, f, g, h,
-    N: tl.constexpr, KIND: tl.constexpr,
+    out, row_factors, number, row, rows, n, out_features, split, found,
+    INPUT: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    place = split * n
-    _store_one(out, row_factors, number, row, rows, out_features, place, a, KIND)
-    if N > 1:
-        if n > 1:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 1, b, KIND)
-    if N > 2:
-        if n > 2:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 2, c, KIND)
-        if n > 3:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 3, d, KIND)
-    if N > 4:
-        if n > 4:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 4, e, KIND)
-        if n > 5:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 5, f, KIND)
-        if n > 6:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 6, g, KIND)
-        if n > 7:
-            _store_one(out, row_factors, number, row, rows, out_features, place + 7, h, KIND)
-
-
-@triton.jit
-def _store_one(out, row_factors, number, row, rows, out_features, line, found, KIND: tl.constexpr):
-    inside = number < rows
-    if KIND == 0:
-        found *= tl.load(row_factors + row, mask=inside, other=0.0)
-    tl.store(out + (line * out_features).to(tl.int64) + row, found.to(out.dtype.element_ty), mask=inside)
+    """Store what was found for a row of x, if there is one."""
+    if INPUT < N:
+        inside = (number < rows) & (number * 0 + n > INPUT)
+        if KIND == 0:
+            found *= tl.load(row_factors + row, mask=inside, other=0.0)
+        line = (split * n + INPUT) * out_features
+        tl.store(out + line.to(tl.int64) + row, found.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -257,11 +254,11 @@ def _run(
 
 @triton.jit
 def _with_input(
-    x, q, column, factor, exists, total, inputs, columns, n, I: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr
+    x, q, column, factor, exists, total, inputs, columns, n, INPUT: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr
 ):
-    """Add the products with row I of x; where there are fewer, the last one is multiplied again, and forgotten."""
-    if I < N:
-        value = tl.load(x + tl.minimum(I, n - 1) * columns + column, mask=exists, other=0.0).to(tl.float32)
+    """Add the products with a row of x; where there are fewer, the last one is multiplied again, and forgotten."""
+    if INPUT < N:
+        value = tl.load(x + tl.minimum(INPUT, n - 1) * columns + column, mask=exists, other=0.0).to(tl.float32)
         if KIND == 0:
             value *= factor
         total += q * value
@@ -271,11 +268,11 @@ def _with_input(
 
 @triton.jit
 def _total(
-    total, inputs, step, zero, half: tl.constexpr, I: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
+    total, inputs, step, zero, half: tl.constexpr, INPUT: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr,
     APIECE: tl.constexpr,
 ):  # fmt: skip
     """Sum over lanes, `[ROWS]`, in the units of the weight; codes were less half of the codes."""
-    if I < N:
+    if INPUT < N:
         if KIND == 1 and not APIECE:
             total = step * (total + (half - zero) * inputs)
         if KIND == 2 and not APIECE:
@@ -303,15 +300,23 @@ def _wide(
             factor = tl.load(column_factors + place, mask=exists, other=0.0)
             code = wide_field(base, lane, count, inside, j, bits).to(tl.int32) - (1 << (bits - 1))
             q = code.to(tl.float32)
-            a, sa = _with_input(x, q, column, factor, exists, a, sa, columns, n, 0, N, KIND)
-            b, sb = _with_input(x, q, column, factor, exists, b, sb, columns, n, 1, N, KIND)
-            c, sc = _with_input(x, q, column, factor, exists, c, sc, columns, n, 2, N, KIND)
-            d, sd = _with_input(x, q, column, factor, exists, d, sd, columns, n, 3, N, KIND)
-            e, se = _with_input(x, q, column, factor, exists, e, se, columns, n, 4, N, KIND)
-            f, sf = _with_input(x, q, column, factor, exists, f, sf, columns, n, 5, N, KIND)
-            g, sg = _with_input(x, q, column, factor, exists, g, sg, columns, n, 6, N, KIND)
-            h, sh = _with_input(x, q, column, factor, exists, h, sh, columns, n, 7, N, KIND)
-    return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1), tl.sum(e, axis=1), tl.sum(f, axis=1), tl.sum(g, axis=1), tl.sum(h, axis=1)
+            a, sa = _with_input(x, q, column, factor, exists, a, sa, columns, n, 0, N, 0)
+            b, sb = _with_input(x, q, column, factor, exists, b, sb, columns, n, 1, N, 0)
+            c, sc = _with_input(x, q, column, factor, exists, c, sc, columns, n, 2, N, 0)
+            d, sd = _with_input(x, q, column, factor, exists, d, sd, columns, n, 3, N, 0)
+            e, se = _with_input(x, q, column, factor, exists, e, se, columns, n, 4, N, 0)
+            f, sf = _with_input(x, q, column, factor, exists, f, sf, columns, n, 5, N, 0)
+            g, sg = _with_input(x, q, column, factor, exists, g, sg, columns, n, 6, N, 0)
+            h, sh = _with_input(x, q, column, factor, exists, h, sh, columns, n, 7, N, 0)
+    a = _total(a, sa, zeros, zeros, 0, 0, N, 0, False)
+    b = _total(b, sb, zeros, zeros, 0, 1, N, 0, False)
+    c = _total(c, sc, zeros, zeros, 0, 2, N, 0, False)
+    d = _total(d, sd, zeros, zeros, 0, 3, N, 0, False)
+    e = _total(e, se, zeros, zeros, 0, 4, N, 0, False)
+    f = _total(f, sf, zeros, zeros, 0, 5, N, 0, False)
+    g = _total(g, sg, zeros, zeros, 0, 6, N, 0, False)
+    h = _total(h, sh, zeros, zeros, 0, 7, N, 0, False)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def lane_words(base, lane, columns, inside, BITS: tl.constexpr):
 def _plane(base, lane, columns, inside, BITS: tl.constexpr, WORD: tl.constexpr):
     lanes = columns // 32
     place = tl.where(lane < lanes, WORD * lanes + lane, BITS * lanes + WORD)
-    there = inside & (WORD * 32 < held_by(lane, columns) * BITS)
+    there = inside & (held_by(lane, columns) * BITS > WORD * 32)
     return tl.load(base + place, mask=there, other=0).to(tl.uint32, bitcast=True)
 
 
