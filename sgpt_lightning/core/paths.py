@@ -39,6 +39,7 @@ COLUMNS = Family("columns", "the column loops run", "plain torch")
 DECODE = Family("decode", "codes are decoded", "numpy on the CPU")
 ENCODE = Family("encode", "codes are encoded", "numpy on the CPU")
 MATVEC = Family("matvec", "packed weights are multiplied", "plain torch, whole matrix by whole matrix,")
+MASKED = Family("masked", "masked weights are multiplied and unpacked", "plain torch")
 UNPACK = Family("unpack", "packed weights are unpacked", "plain torch")
 
 
@@ -116,6 +117,10 @@ def _import(family: Family) -> ModuleType:
         import sgpt_lightning.kernels.matvec as matvec
 
         return matvec
+    if family is MASKED:
+        import sgpt_lightning.kernels.masked as masked
+
+        return masked
     if family is UNPACK:
         import sgpt_lightning.kernels.unpack as unpack
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from sgpt_lightning.core.paths import MATVEC, UNPACK, with_kernels
 from sgpt_lightning.core.solution import Coded, Pruned, Solution
 from sgpt_lightning.format import fields, survivors
-from sgpt_lightning.format.launch import has_kernels, multiply, unpack
+from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_as, unpack_solution
 from sgpt_lightning.format.planes import Run
@@ -87,7 +87,8 @@ class Resident:
         if not has_kernels(self.spec):
             return self._reference(dtype)
         parts = self.spec, self.runs, self._floats()
-        return with_kernels(self.device, UNPACK, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
+        family = family_of(self.spec, UNPACK)
+        return with_kernels(self.device, family, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
 
     def _reference(self, dtype: torch.dtype) -> Tensor:
         return self._solution(None).weight().to(dtype)
@@ -117,7 +118,8 @@ class Resident:
         if not has_kernels(self.spec) or not len(x):
             return self._multiplied(x)
         parts = self.spec, self.runs, self._floats()
-        return with_kernels(self.device, MATVEC, lambda k: multiply(k, x, *parts), lambda: self._multiplied(x))
+        family = family_of(self.spec, MATVEC)
+        return with_kernels(self.device, family, lambda k: multiply(k, x, *parts), lambda: self._multiplied(x))
 
     def _multiplied(self, x: Tensor) -> Tensor:
         return (x.float() @ self.weight().T).to(x.dtype)

@@ -39,7 +39,7 @@ class MaskedRun(NamedTuple):
     rows: int
     first: int
     """Position of its first column in the order."""
-    count: int
+    width: int
     """Columns."""
     columns: int
     """in_features."""
@@ -79,7 +79,7 @@ def _launch(x: Tensor, out: Tensor, run: MaskedRun, product: int, n: int, out_fe
     _masked[(triton.cdiv(run.rows, ROWS), n)](
         x, out, run.words, run.mask, run.starts, absent if run.order is None else run.order,
         absent if run.row_order is None else run.row_order, run.span, run.origin,
-        run.rows, run.columns, run.span.shape[1], run.first, run.count, run.segment, out_features,
+        run.rows, run.columns, run.span.shape[1], run.first, run.width, run.segment, out_features,
         ROWS=ROWS, LANES=LANES, KIND=run.kind, BITS=run.bits, WIDEST=run.widest, GROUP=run.group_size,
         ORDERED=run.order is not None, ROW_ORDERED=run.row_order is not None, PRODUCT=product,
         num_warps=WARPS, enable_fp_fusion=bool(product),

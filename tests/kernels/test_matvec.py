@@ -20,6 +20,7 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 matvec = importlib.import_module("sgpt_lightning.kernels.matvec")
 unpack = importlib.import_module("sgpt_lightning.kernels.unpack")
+masked = importlib.import_module("sgpt_lightning.kernels.masked")
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [
     *({"widths": (bits,), "kind": "zero-point"} for bits in range(1, 9)),
@@ -30,6 +31,14 @@ QUANTIZED = [
     {"widths": (5,), "kind": "zero-point", "axis": "output"},
     *({"widths": (3,), "kind": kind, "group": 13} for kind in ("zero-point", "zero-free")),
 ]
+MASKED = [
+    *({"widths": (bits,), "kind": "zero-free"} for bits in (1, 3, 4, 7, 8)),
+    {"widths": (5,), "kind": "zero-point"},
+    {"widths": (3, 6), "kind": "offset"},
+    {"widths": (2, 4), "kind": "zero-free", "axis": "output"},
+    {"widths": (4,), "kind": "zero-free", "group": 13},
+]
+QUANTIZED += [case | {"mask": 0.5} for case in MASKED]
 CASES: dict[str, Solution] = {str(case): quantized(13, 45, **case) for case in QUANTIZED}
 CASES |= {f"coded {spread}": coded(13, 45, spread) for spread in (0.3, 20.0, 3e3)}
 CASES["coded, some apart"] = coded(13, 45, 1.3, 8)
@@ -40,9 +49,10 @@ FEW = ["{'widths': (3,), 'kind': 'zero-point'}", "{'widths': (4,), 'kind': 'zero
 def interpreted(monkeypatch) -> Iterator[list[str]]:
     """Send CPU tensors to the kernels, and list what was launched; a program has all rows, for speed."""
     launched: list[str] = []
-    for kernels, name in ((matvec, "matvec"), (unpack, "unpack")):
+    for kernels, name in ((matvec, "matvec"), (unpack, "unpack"), (masked, "matvec"), (masked, "unpack")):
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain: (launched.append(n), f(*a))[1])
+    monkeypatch.setattr(masked, "ROWS", 16)
     monkeypatch.setattr(matvec, "ROWS", dict.fromkeys(matvec.ROWS, 16))
     monkeypatch.setattr(paths, "_refused", {})
     yield launched
@@ -81,10 +91,12 @@ def test_rows_of_x_are_multiplied_side_by_side(interpreted, monkeypatch, case, r
     assert_product(resident_of(CASES[case], monkeypatch).matvec(x), x, CASES[case])
 
 
-@pytest.mark.parametrize("kind", ["zero-point", "coded"])
+@pytest.mark.parametrize("kind", ["zero-point", "coded", "masked"])
 def test_programs_share_rows_and_columns(interpreted, monkeypatch, kind):
     """Two tiles of rows and, with 1,024 columns to a piece, several pieces to be added up."""
-    solution = coded(20, 1100, 1.3, 30) if kind == "coded" else quantized(20, 1100, (1,), kind)
+    solution: Solution = coded(20, 1100, 1.3, 30)
+    if kind != "coded":
+        solution = quantized(20, 1100, (1,), kind) if kind != "masked" else quantized(20, 1100, (3,), "zero-free", 0.5)
     x = torch.randn(1, 1100, generator=generator()).float()
     found = resident_of(solution, monkeypatch).matvec(x)
     expected, size = x.double() @ solution.weight().double().T, x.double().abs() @ solution.weight().double().abs().T
