@@ -62,6 +62,11 @@ def test_the_benchmark_of_the_table_runs(tmp_path, capsys):
     assert values["dense", ""] < min(values["GPTQ 4 bit", seed] for seed in "01") < values["RTN 3 bit", "0"]
     assert len(json.loads(output.read_text())["rows"]) == 5
     assert figure.read_bytes()[:4] == b"\x89PNG"
+    # more than the two models that are held, of 8.5 million float32 parameters each, and less than a CI machine has
+    peaks = {row["method"]: row["peak_bytes"] for row in measured}
+    assert peaks.pop("dense") == ""
+    assert all(2 * 4 * 8.5e6 < float(peak) < 8e9 for peak in peaks.values())
+    assert [row.split("|")[-2].strip() for row in rows[:2]] == ["peak, MB", "-"]
 
 
 @pytest.mark.parametrize(
