@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.grids import Grid, GridKind, WidthAxis, dequantize_matrix, segments_of, stored_dtype, top_step
+from sgpt_lightning.core.grids import Grid, GridKind, WidthAxis, dequantize_matrix, stored_dtype, top_step
 
 LOW_SHRINKS = (0.0, 0.04, 0.08, 0.12, 0.18, 0.25)
 HIGH_SHRINKS = (0.0, 0.06, 0.12, 0.18, 0.25, 0.32, 0.4, 0.5)
@@ -56,20 +56,29 @@ def search_grid(
     top = tops[widths.long()].float()
     clip = torch.where(widths.long() == 1, 0.0, top) if kind == "zero-free" else top
     top, clip = (t[:, None] if axis == "output" else t[None] for t in (top, clip))
-    segments = segments_of(kind, axis, widths, weight.shape[1], group_size)
     cost = cost * counted
 
-    def of_segment(chosen: Tensor) -> _Segment:
+    def of_segment(chosen: slice | Tensor) -> _Segment:
         tops, clips = (t if axis == "output" else t[:, chosen] for t in (top, clip))
         if group_size is None:  # a segment has one width, or each row has
             tops, clips = tops[:, :1], clips[:, :1]
         return _Segment(values[:, chosen], cost[:, chosen], tops, clips, 0.0 if kind == "zero-free" else -math.inf)
 
-    whole = [segments == index for index in range(int(segments.max()) + 1)]
-    found = [_search_segment(of_segment(chosen), search) for chosen in whole]
+    columns = _columns_of_segments(axis, widths, weight.shape[1], group_size)
+    found = [_search_segment(of_segment(chosen), search) for chosen in columns]
     origin, span = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
     dtype = stored_dtype(span, origin)
     return Grid(kind, span.to(dtype), origin.to(dtype), int(widths.max()), group_size, axis)
+
+
+def _columns_of_segments(
+    axis: WidthAxis, widths: Tensor, in_features: int, group_size: int | None
+) -> list[slice | Tensor]:
+    """Return an index of the columns of each segment, see `grids.segments_of`; slices where they need no copies."""
+    if group_size is not None:
+        return [slice(start, start + group_size) for start in range(0, in_features, group_size)]
+    used = [] if axis == "output" else torch.unique(widths).tolist()
+    return [widths == bits for bits in used] if len(used) > 1 else [slice(None)]
 
 
 class _Segment(NamedTuple):
@@ -192,7 +201,7 @@ def refit_grid(grid: Grid, codes: Tensor, widths: Tensor, keep: Tensor | None, t
     Returns:
         A grid under which no row's error tr((T - Q) H (T - Q)') is higher.
     """
-    segments = grid.segments(widths, codes.shape[1])
+    segments = _columns_of_segments(grid.axis, widths, codes.shape[1], grid.group_size)
     stored = dequantize_matrix(codes, widths, grid)
     # The same codes on other grids give the factors of origin (the sign) and of span (sign times k / T).
     ones_grid = grid._replace(span=torch.ones_like(grid.span), origin=torch.ones_like(grid.origin))
@@ -203,8 +212,7 @@ def refit_grid(grid: Grid, codes: Tensor, widths: Tensor, keep: Tensor | None, t
             part.masked_fill_(~keep, 0)
     span, origin = grid.span.clone(), grid.origin.clone()
     pull = (target - stored) @ hessian
-    for index in range(span.shape[1]):
-        chosen = segments == index
+    for index, chosen in enumerate(segments):
         inside = hessian[chosen][:, chosen]
         ones, units = sign[:, chosen], unit[:, chosen]
         ones_h, units_h = ones @ inside, units @ inside
@@ -221,6 +229,7 @@ def refit_grid(grid: Grid, codes: Tensor, widths: Tensor, keep: Tensor | None, t
             valid &= new_origin >= 0
         span[:, index] = torch.where(valid, new_span, span[:, index])
         origin[:, index] = torch.where(valid, new_origin, origin[:, index])
-        moved = (d_origin[:, None] * ones + d_span[:, None] * units) * valid[:, None]
-        pull -= moved @ hessian[chosen]
+        if index + 1 < len(segments):
+            moved = (d_origin[:, None] * ones + d_span[:, None] * units) * valid[:, None]
+            pull -= moved @ hessian[chosen]
     return grid._replace(span=span, origin=origin)
