@@ -16,7 +16,8 @@ MODULES = sorted(
 )
 ROOMS = (
     "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "packed",
-    "checkpoint", "hf", "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
+    "checkpoint", "hf", "text", "evaluation", "calibration", "report", "sparsegpt", "experiments",
+    "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -30,6 +31,7 @@ FORBIDDEN = (
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
     ("sparsegpt", {"lightning", "transformers"}),
+    ("experiments", {"lightning", "safetensors", "jsonargparse"}),
 )
 """What a room must not import, besides what `ROOMS` says."""
 

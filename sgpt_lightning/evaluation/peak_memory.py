@@ -18,6 +18,13 @@ class PeakMemory:
 
     nbytes: int | None = None
     """Bytes at most at one time; None before the body has ended, and where the system does not tell."""
+    before: int | None = None
+    """Bytes that were held when the body began; None where the system does not tell."""
+
+    @property
+    def growth(self) -> int | None:
+        """What of the peak came on top of what was held before; None where the system does not tell."""
+        return None if self.nbytes is None or self.before is None else self.nbytes - self.before
 
 
 @contextmanager
@@ -30,10 +37,12 @@ def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
     device, peak = torch.device(device), PeakMemory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        peak.before = torch.cuda.memory_allocated(device)
         yield peak
         peak.nbytes = torch.cuda.max_memory_allocated(device)
         return
     starts_anew = _start_anew()
+    peak.before = _resident_at_most() if starts_anew else None
     yield peak
     peak.nbytes = _resident_at_most() if starts_anew else None
 

@@ -124,3 +124,10 @@ def format_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def format_bytes(count: float) -> str:
     """Bytes in decimal megabytes, as disks count them."""
     return f"{count / 1e6:.2f} MB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return `m:ss` or `h:mm:ss`, rounded to seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from sgpt_lightning.report.tables import format_duration
 from sgpt_lightning.trainer.module import CausalLMModule
 
 
@@ -35,13 +36,6 @@ def seconds_left(finished: Sequence[float], running: float, remaining: int, clos
     usual = fmean(finished)
     running_block = max(usual - running, 0.0) if remaining else 0.0
     return running_block + usual * max(remaining - 1, 0) + closing
-
-
-def format_duration(seconds: float) -> str:
-    """Return `m:ss` or `h:mm:ss`, rounded to seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class CompressionProgressBar(TQDMProgressBar):

@@ -1,0 +1,1 @@
+"""Studies: recipes on models, texts and seeds, as rows, tables and figures."""

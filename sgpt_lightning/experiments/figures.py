@@ -1,0 +1,114 @@
+"""Pictures of studies; matplotlib is optional, and who has none is told so by the caller.
+
+Without pyplot, whose backend and open figures are the user's.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_PICTURE = "no picture: matplotlib is not installed (pip install 'sgpt-lightning[plots]')"
+COLORS = {"rival": "tab:gray", "ours": "tab:orange"}
+_SIZE, _PIXELS_AN_INCH = (8.0, 5.0), 110
+
+
+class Point(NamedTuple):
+    """An arm in a figure."""
+
+    name: str
+    family: str
+    bits: float
+    """True bits per weight."""
+    value: float
+    """Perplexity."""
+
+
+def _blank() -> "tuple[Figure, Any] | None":
+    """Return a figure with one pair of axes; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=_SIZE, dpi=_PIXELS_AN_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def write_front(points: Sequence[Point], dense: float, text: str, path: Path, most_bits: float = 5.0) -> bool:
+    """Draw perplexity over true bits per weight: all points, and a curve through the best of each family.
+
+    Args:
+        points: arms, without the dense model.
+        dense: perplexity of the dense model.
+        text: what the perplexity was measured on.
+        path: PNG file to write.
+        most_bits: points beyond are left out.
+
+    Returns:
+        Whether there is a picture; False without matplotlib.
+    """
+    drawn = _blank()
+    if drawn is None:
+        return False
+    figure, axes = drawn
+    for family, color in COLORS.items():
+        shown = sorted((p.bits, p.value, p.name) for p in points if p.family == family and p.bits <= most_bits)
+        front = [point for point in shown if all(point[1] <= other[1] for other in shown if other[0] <= point[0])]
+        axes.plot([p[0] for p in front], [p[1] for p in front], "o-", color=color, label=f"{family}, best at its bits")
+        axes.scatter([p[0] for p in shown], [p[1] for p in shown], color=color, s=12, alpha=0.5)
+        for bits, value, name in front:
+            axes.annotate(name, (bits, value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=color)
+    _finish(axes, dense, text)
+    figure.savefig(path, format="png")
+    return True
+
+
+def write_curves(curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, text: str, path: Path) -> bool:
+    """Draw one curve of (true bits per weight, perplexity) for each method; arguments and result as `write_front`."""
+    drawn = _blank()
+    if drawn is None:
+        return False
+    figure, axes = drawn
+    for name, points in curves.items():
+        axes.plot([bits for bits, _ in points], [value for _, value in points], "o-", label=name)
+    _finish(axes, dense, text)
+    figure.savefig(path, format="png")
+    return True
+
+
+def _finish(axes: Any, dense: float, text: str) -> None:
+    axes.margins(x=0.12)
+    axes.axhline(dense, color="black", linestyle=":", label=f"dense, 16 bits: {dense:.2f}")
+    axes.set(xlabel="true bits per weight of the linears", ylabel=f"perplexity on {text}", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.legend(loc="upper right", fontsize=8)
+
+
+def write_bars(bars: Mapping[str, tuple[float, float]], label: str, path: Path) -> bool:
+    """Draw a bar with a whisker for each name.
+
+    Args:
+        bars: value and standard deviation by name.
+        label: what the values are.
+        path: PNG file to write.
+
+    Returns:
+        Whether there is a picture; False without matplotlib.
+    """
+    drawn = _blank()
+    if drawn is None:
+        return False
+    figure, axes = drawn
+    figure.set_size_inches(_SIZE[0], max(2.0, 0.3 * len(bars) + 1))
+    values, spreads = [value for value, _ in bars.values()], [spread for _, spread in bars.values()]
+    axes.barh(list(bars), values, xerr=spreads, color="tab:orange", ecolor="black", capsize=3)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel=label)
+    figure.savefig(path, format="png")
+    return True
