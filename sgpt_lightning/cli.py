@@ -20,7 +20,8 @@ from typing import NoReturn
 
 from sgpt_lightning.suggest import did_you_mean
 
-COMMANDS = ("fit", "validate", "inspect")
+STUDIES = ("compare", "ablate", "sweep", "selftest")
+COMMANDS = ("fit", "validate", "inspect", *STUDIES)
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
 GRACE_SECONDS = 5.0
 """Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
@@ -29,6 +30,10 @@ HELP = """usage: sgpt COMMAND ...
   sgpt fit --config FILE       compress a model: perplexity, calibrate, solve, perplexity, save
   sgpt validate --config FILE  perplexity of a dense or compressed model (--model.path DIRECTORY)
   sgpt inspect DIRECTORY       what a compressed model holds: bytes, plan per linear, perplexities (--json for programs)
+  sgpt compare                 ways to compress side by side, on a random layer and on a model (--quick, like the next)
+  sgpt ablate                  what each importance score and each part of the solve is worth
+  sgpt sweep                   perplexity and file bytes for mean bits from 2.5 to 5, per method
+  sgpt selftest                whether this installation works: a minute on random data
 
 `sgpt COMMAND --help` lists the settings of a command; `sgpt --version` says which version this is."""
 
@@ -106,6 +111,10 @@ def _end_wrong(error: BaseException) -> None:
 def _dispatch(arguments: Sequence[str]) -> None:
     if arguments[0] == "inspect":
         return inspect(arguments[1:])
+    if arguments[0] in STUDIES:
+        from sgpt_lightning.experiments.command import main as study
+
+        return study(arguments[0], arguments[1:])
     from sgpt_lightning.trainer.cli import run
 
     return run()

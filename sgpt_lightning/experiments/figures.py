@@ -62,30 +62,43 @@ def write_front(points: Sequence[Point], dense: float, text: str, path: Path, mo
         axes.scatter([p[0] for p in shown], [p[1] for p in shown], color=color, s=12, alpha=0.5)
         for bits, value, name in front:
             axes.annotate(name, (bits, value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=color)
-    _finish(axes, dense, text)
+    _finish(axes, f"perplexity on {text}", dense)
     figure.savefig(path, format="png")
     return True
 
 
-def write_curves(curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, text: str, path: Path) -> bool:
-    """Draw one curve of (true bits per weight, perplexity) for each method; arguments and result as `write_front`."""
+def write_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], label: str, path: Path, dense: float | None = None
+) -> bool:
+    """Draw one curve of (true bits per weight, value) for each method.
+
+    Args:
+        curves: points by method.
+        label: what the values are.
+        path: PNG file to write.
+        dense: value of the dense model, if it has one.
+
+    Returns:
+        Whether there is a picture; False without matplotlib.
+    """
     drawn = _blank()
     if drawn is None:
         return False
     figure, axes = drawn
     for name, points in curves.items():
         axes.plot([bits for bits, _ in points], [value for _, value in points], "o-", label=name)
-    _finish(axes, dense, text)
+    _finish(axes, label, dense)
     figure.savefig(path, format="png")
     return True
 
 
-def _finish(axes: Any, dense: float, text: str) -> None:
+def _finish(axes: Any, label: str, dense: float | None) -> None:
     axes.margins(x=0.12)
-    axes.axhline(dense, color="black", linestyle=":", label=f"dense, 16 bits: {dense:.2f}")
-    axes.set(xlabel="true bits per weight of the linears", ylabel=f"perplexity on {text}", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.set(xlabel="true bits per weight of the linears", ylabel=label, yscale="log")
+    if dense is not None:
+        axes.axhline(dense, color="black", linestyle=":", label=f"dense, 16 bits: {dense:.2f}")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend(loc="upper right", fontsize=8)
 
 

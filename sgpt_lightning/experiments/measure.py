@@ -103,9 +103,9 @@ def output_error(dense: nn.Module, model: nn.Module, names: Sequence[str], windo
         wanted[name] = output
 
     def compare(name: str, output: Tensor) -> None:
-        target = wanted.pop(name).double()
-        errors[name] = errors.get(name, 0) + (output.double() - target).square().sum()
-        norms[name] = norms.get(name, 0) + target.square().sum()
+        target = wanted.pop(name).float()
+        errors[name] = errors.get(name, 0) + (output - target).square_().sum(dtype=torch.float64)
+        norms[name] = norms.get(name, 0) + target.square().sum(dtype=torch.float64)
 
     with evaluation_mode(dense), evaluation_mode(model):
         for window in windows[: max(1, ERROR_TOKENS // windows.shape[1])]:
