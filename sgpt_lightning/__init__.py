@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.checkpoint.save import save_compressed as save_compressed
     from sgpt_lightning.evaluation.evaluate import evaluate as evaluate
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
+    from sgpt_lightning.export.export import export_model as export_model
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import Recipe as Recipe
@@ -39,6 +40,7 @@ _HOME = {
     "TextDataModule": "trainer.data",
     "compress": "calibration.compress",
     "evaluate": "evaluation.evaluate",
+    "export_model": "export.export",
     "load_compressed": "checkpoint.load",
     "load_model": "checkpoint.any_model",
     "save_compressed": "checkpoint.save",

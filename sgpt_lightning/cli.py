@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from sgpt_lightning.suggest import did_you_mean
 
-COMMANDS = ("fit", "validate", "inspect")
+COMMANDS = ("fit", "validate", "inspect", "export")
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
 GRACE_SECONDS = 5.0
 """Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
@@ -29,6 +29,7 @@ HELP = """usage: sgpt COMMAND ...
   sgpt fit --config FILE       compress a model: perplexity, calibrate, solve, perplexity, save
   sgpt validate --config FILE  perplexity of a dense or compressed model (--model.path DIRECTORY)
   sgpt inspect DIRECTORY       what a compressed model holds: bytes, plan per linear, perplexities (--json for programs)
+  sgpt export DIRECTORY OUT    write it for other programs (--format dense-hf | compressed-tensors | state-dict)
 
 `sgpt COMMAND --help` lists the settings of a command; `sgpt --version` says which version this is."""
 
@@ -48,6 +49,24 @@ def inspect(arguments: Sequence[str]) -> None:
 
     manifest = check_compressed(options.directory)
     print(json.dumps(report_dict(manifest), indent=1) if options.json else inspection(options.directory, manifest))
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a compressed directory for other programs and print what became of it; raises as `export_model`."""
+    parser = argparse.ArgumentParser("sgpt export", description="Write a compressed model for other programs.")
+    parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
+    parser.add_argument("output", type=Path, help="a directory to make; for state-dict, a file")
+    parser.add_argument("--format", default="dense-hf", help="dense-hf (default), compressed-tensors or state-dict")
+    parser.add_argument("--dtype", help="of floating-point tensors; default: the one the model was evaluated in")
+    parser.add_argument("--lossy", action="store_true", help="round values that the dtype cannot hold")
+    options = parser.parse_args(list(arguments))
+    from sgpt_lightning.export.export import export_model
+    from sgpt_lightning.export.summary import summary
+    from sgpt_lightning.models.hub import silence_transformers
+
+    silence_transformers()
+    done = export_model(options.directory, options.output, options.format, dtype=options.dtype, lossy=options.lossy)
+    print(summary(done))
 
 
 def main() -> None:
@@ -104,8 +123,9 @@ def _end_wrong(error: BaseException) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    if arguments[0] == "inspect":
-        return inspect(arguments[1:])
+    own = {"inspect": inspect, "export": export}
+    if arguments[0] in own:
+        return own[arguments[0]](arguments[1:])
     from sgpt_lightning.trainer.cli import run
 
     return run()

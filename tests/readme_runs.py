@@ -63,4 +63,4 @@ def run_readme(directory: Path) -> list[Run]:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sgpt ")]
     with contextlib.chdir(directory):
         commands = [shlex.split(line)[1:] for line in lines]
-        return [run_main(*command, *([] if command[0] == "inspect" else SIZES)) for command in commands]
+        return [run_main(*command, *(SIZES if command[0] in ("fit", "validate") else [])) for command in commands]

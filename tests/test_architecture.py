@@ -15,8 +15,8 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "checkpoint",
-    "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
+    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
+    "checkpoint", "export", "text", "evaluation", "calibration", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -25,6 +25,7 @@ FORBIDDEN = (
     ("format", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "sgpt_lightning.core.solver"}),
     ("models", {"lightning", "safetensors"}),
     ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
+    ("export", {"lightning", "compressed_tensors", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
     ("sparsegpt", {"lightning", "transformers"}),

@@ -93,6 +93,15 @@ def load_compressed(
     return model.eval()
 
 
+def packed_weights(directory: str | Path) -> dict[str, PackedWeight]:
+    """Read the packed weights of a compressed model by the names of their modules; nothing is unpacked.
+
+    Raises:
+        CheckpointError: as `load_compressed`.
+    """
+    return _packed_weights(read_settled(directory, _read))
+
+
 class _Stored(NamedTuple):
     """All that the disk holds of a model, in memory."""
 
