@@ -47,3 +47,35 @@ def forge(directory: Path, edit: Callable[[Any], Any] = lambda manifest: None) -
         manifest["sha256"] = hashlib.sha256(signed).hexdigest()
 
     edit_json(directory / MANIFEST, rewrite)
+
+
+def forge_description(directory: Path, edit: Callable[[Any], Any], sign: Callable[[Any], Any] = lambda m: None) -> None:
+    """Change the `quantization_config` of `config.json`, and the manifest, and sign it."""
+    edit_json(directory / CONFIG, lambda config: edit(config["quantization_config"]) and None)
+    forge(directory, sign)
+
+
+def make_older(directory: Path, version: int, edit: Callable[[Any], Any] = lambda manifest: None) -> None:
+    """Let a directory say what it says as version 3, 4 or 5 did: all of it in the manifest."""
+    described: dict[str, Any] = {}
+
+    def forget(config: dict[str, Any]) -> None:
+        described.update(config.pop("quantization_config"))
+        del config["resident"]
+        config["quantization_config"] = {"quant_method": "sgpt", "format_version": version}
+
+    def tell(manifest: dict[str, Any]) -> None:
+        for part in ("linears", "embeddings"):
+            for name, report in manifest[part].items():
+                manifest[part][name] = {"spec": described["packed"][name], "report": report}
+        manifest |= {name: described[name] for name in ("compute_dtype", "attn_implementation", "aliases")}
+        manifest["format_version"] = version
+        if version < 5:
+            assert manifest.pop("embeddings") == {}
+            assert manifest["ledger"].pop("packed")
+            for entry in manifest["linears"].values():
+                del entry["report"]["predicted_loss"]
+        edit(manifest)
+
+    edit_json(directory / CONFIG, forget)
+    forge(directory, tell)

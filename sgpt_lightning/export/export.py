@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.contents import unpacked_contents
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed, packed_weights
-from sgpt_lightning.checkpoint.save import SHARD_INDEX
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import Described, read_description, read_stored, take_packed
 from sgpt_lightning.export.outputs import check_output, new_directory, new_file
 from sgpt_lightning.export.pack_quantized import Packing, pack_linears, quantization_config
-from sgpt_lightning.format.directory import find_directory
-from sgpt_lightning.format.manifest import CONFIG, GENERATION_CONFIG, Manifest
+from sgpt_lightning.format.description import CONFIG, GENERATION_CONFIG, SHARD_INDEX
+from sgpt_lightning.format.directory import find_directory, read_settled
+from sgpt_lightning.format.layout import PackedWeight
+from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import find_linears
 
@@ -96,9 +98,10 @@ def export_model(
     """
     check_choice("format", format, ExportFormat)
     place = check_output(output)
-    manifest = check_compressed(directory)
-    wanted = _dtype(dtype, manifest)
-    rounded = _values_changed(directory, wanted, manifest)
+    described = read_settled(directory, read_description)
+    manifest = described.manifest
+    wanted = _dtype(dtype, described)
+    rounded = _values_changed(directory, wanted, described)
     if rounded and not lossy:
         raise ValueError(
             f"dtype {_name(wanted)} would change {rounded:,} of {manifest.ledger.parameters:,} values: "
@@ -117,18 +120,18 @@ def export_model(
     return _summary(place, model, manifest, packing, rounded)
 
 
-def _dtype(dtype: torch.dtype | str | None, manifest: Manifest) -> torch.dtype:
+def _dtype(dtype: torch.dtype | str | None, described: Described) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found is None and dtype is None:
-        found = getattr(torch, manifest.compute_dtype)
+        found = getattr(torch, described.description.compute_dtype)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype or the name of one, got {dtype!r}")
     return found
 
 
-def _values_changed(directory: str | Path, dtype: torch.dtype, manifest: Manifest) -> int:
+def _values_changed(directory: str | Path, dtype: torch.dtype, described: Described) -> int:
     """Count the values of the file that a dtype cannot hold; 0 for the one in which the model was evaluated."""
-    evaluated = getattr(torch, manifest.compute_dtype)
+    evaluated = getattr(torch, described.description.compute_dtype)
     stated = torch.promote_types(evaluated, torch.float32)
     if dtype == evaluated or torch.promote_types(dtype, stated) == dtype:
         return 0
@@ -138,7 +141,7 @@ def _values_changed(directory: str | Path, dtype: torch.dtype, manifest: Manifes
 
 def _packing(directory: str | Path, model: nn.Module) -> Packing:
     linears = find_decoder_blocks(model).linears()
-    packing = pack_linears(linears, packed_weights(directory))
+    packing = pack_linears(linears, read_settled(directory, _read_packed))
     if not packing.schemes:
         reasons = sorted(set(packing.reasons.values()))
         raise ValueError(
@@ -146,6 +149,11 @@ def _packing(directory: str | Path, model: nn.Module) -> Packing:
             f"({'; '.join(reasons)}): use the format dense-hf"
         )
     return packing
+
+
+def _read_packed(path: Path) -> dict[str, PackedWeight]:
+    stored = read_stored(path)
+    return take_packed(stored.tensors, stored.description, stored.described_in)
 
 
 def _write_file(path: Path, model: nn.Module) -> None:
@@ -206,7 +214,7 @@ def _summary(place: Path, model: nn.Module, manifest: Manifest, packing: Packing
     for name, reason in packing.reasons.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        own = manifest.linears[name]["report"]["bytes"] if name in manifest.linears else weight.nbytes
+        own = manifest.linears[name]["bytes"] if name in manifest.linears else weight.nbytes
         dense[name] = DenseLinear(reason, weight.nbytes, own)
     return Exported(
         output=place,

@@ -55,4 +55,4 @@ def test_plain_transformers_fails_by_name_and_loads_no_random_linears(tmp_path, 
     assert len(outcomes) == 8
     for name, outcome in outcomes.items():
         assert "Error: " in outcome, name
-        assert "only sgpt_lightning reads this directory, with sgpt_lightning.load_compressed" in outcome, name
+        assert "only sgpt_lightning reads this directory: import sgpt_lightning first" in outcome, name
