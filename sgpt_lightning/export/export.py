@@ -35,6 +35,8 @@ from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import find_linears
+from sgpt_lightning.models.source import CARD, source_on_card
+from sgpt_lightning.report.card import model_card
 
 ExportFormat = Literal["dense-hf", "compressed-tensors", "state-dict"]
 FORMATS = get_args(ExportFormat)
@@ -117,6 +119,8 @@ def export_model(
         with new_directory(place, size) as partial:
             _write_directory(partial, model, packing, getattr(torch, manifest.storage_dtype))
             _copy_others(find_directory(directory), partial, manifest)
+            source = source_on_card(find_directory(directory), manifest.record.model)
+            (partial / CARD).write_text(model_card(manifest, source, format), encoding="utf-8")
     return _summary(place, model, manifest, packing, rounded)
 
 
@@ -199,7 +203,7 @@ def _check_read_back(read: Mapping[str, Tensor], written: Mapping[str, Tensor]) 
 
 def _copy_others(source: Path, target: Path, manifest: Manifest) -> None:
     """Copy the tokenizer's files and the generation settings; only what the manifest vouches for."""
-    own = {CONFIG, SHARD_INDEX, *manifest.weight_files}
+    own = {CONFIG, SHARD_INDEX, CARD, *manifest.weight_files}
     if GENERATION_CONFIG not in manifest.files:
         (target / GENERATION_CONFIG).unlink(missing_ok=True)
     for name in manifest.files:
