@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from sgpt_lightning.suggest import did_you_mean
 
-COMMANDS = ("fit", "validate", "inspect", "export")
+COMMANDS = ("fit", "validate", "inspect", "export", "generate")
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
 GRACE_SECONDS = 5.0
 """Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
@@ -30,6 +30,7 @@ HELP = """usage: sgpt COMMAND ...
   sgpt validate --config FILE  perplexity of a dense or compressed model (--model.path DIRECTORY)
   sgpt inspect DIRECTORY       what a compressed model holds: bytes, plan per linear, perplexities (--json for programs)
   sgpt export DIRECTORY OUT    write it for other programs (--format dense-hf | compressed-tensors | state-dict)
+  sgpt generate DIRECTORY --prompt TEXT  what it writes, beside the dense model (--tokens N, --dense MODEL)
 
 `sgpt COMMAND --help` lists the settings of a command; `sgpt --version` says which version this is."""
 
@@ -67,6 +68,25 @@ def export(arguments: Sequence[str]) -> None:
     silence_transformers()
     done = export_model(options.directory, options.output, options.format, dtype=options.dtype, lossy=options.lossy)
     print(summary(done))
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Print the text of a compressed model beside the dense model's; raises as `generate_beside`."""
+    parser = argparse.ArgumentParser(
+        "sgpt generate", description="Continue a prompt with the compressed and the dense model."
+    )
+    parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default 64)")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model; default: the one the manifest names")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws where the temperature is not 0")
+    options = vars(parser.parse_args(list(arguments)))
+    from sgpt_lightning.inference.generate import generate_beside, show
+    from sgpt_lightning.models.hub import silence_transformers
+
+    silence_transformers()
+    print(show(options["directory"], generate_beside(**options)))
 
 
 def main() -> None:
@@ -123,7 +143,7 @@ def _end_wrong(error: BaseException) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    own = {"inspect": inspect, "export": export}
+    own = {"inspect": inspect, "export": export, "generate": generate}
     if arguments[0] in own:
         return own[arguments[0]](arguments[1:])
     from sgpt_lightning.trainer.cli import run

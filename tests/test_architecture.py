@@ -16,7 +16,7 @@ MODULES = sorted(
 )
 ROOMS = (
     "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
-    "checkpoint", "export", "text", "evaluation", "calibration", "sparsegpt", "trainer", "cli", "__main__",
+    "checkpoint", "export", "inference", "text", "evaluation", "calibration", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -26,6 +26,7 @@ FORBIDDEN = (
     ("models", {"lightning", "safetensors"}),
     ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
     ("export", {"lightning", "compressed_tensors", "sgpt_lightning.core.solver"}),
+    ("inference", {"lightning", "safetensors", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
     ("sparsegpt", {"lightning", "transformers"}),
