@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
+    from sgpt_lightning.trainer.keep_sparsity import KeepSparsity as KeepSparsity
     from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
 _HOME = {
     "CausalLMModule": "trainer.module",
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
+    "KeepSparsity": "trainer.keep_sparsity",
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",
