@@ -16,7 +16,8 @@ MODULES = sorted(
 )
 ROOMS = (
     "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
-    "checkpoint", "export", "inference", "text", "evaluation", "calibration", "sparsegpt", "trainer", "cli", "__main__",
+    "packed", "checkpoint", "hf", "export", "inference", "text", "evaluation", "calibration", "sparsegpt", "trainer",
+    "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -24,6 +25,8 @@ FORBIDDEN = (
     ("core", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "safetensors"}),
     ("format", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "sgpt_lightning.core.solver"}),
     ("models", {"lightning", "safetensors"}),
+    ("packed", {"lightning", "transformers", "safetensors"}),
+    ("hf", {"lightning", "sgpt_lightning.core.solver"}),
     ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
     ("export", {"lightning", "compressed_tensors", "sgpt_lightning.core.solver"}),
     ("inference", {"lightning", "safetensors", "sgpt_lightning.core.solver"}),

@@ -3,12 +3,22 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgpt_lightning.checkpoint.reading import Stored, blaming, check_shapes, naming, read_stored, take_packed
-from sgpt_lightning.format.description import CONFIG
+from sgpt_lightning.arguments import check_choice
+from sgpt_lightning.checkpoint.reading import (
+    Stored,
+    blaming,
+    check_shapes,
+    naming,
+    read_description,
+    read_stored,
+    take_packed,
+)
+from sgpt_lightning.format.description import CONFIG, Residence
 from sgpt_lightning.format.directory import CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
@@ -37,25 +47,37 @@ def stored_tables(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_compressed(
-    directory: str | Path, *, dtype: torch.dtype | str | None = None, attn_implementation: str | None = None
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    resident: Residence = "dense",
 ) -> nn.Module:
-    """Read a compressed model as an ordinary transformers model that computes with dense weights, in eval mode.
+    """Read a compressed model as a transformers model in eval mode.
 
     Args:
         directory: what `save_compressed` wrote, found as by `find_directory`.
         dtype: compute dtype; the one the model was evaluated in if None, which gives the same logits bit for bit.
         attn_implementation: as in transformers; the one the model was evaluated with if None.
+        resident: how weights live in memory: `dense` makes an ordinary model. `packed` (codes of just enough bits per
+            channel) and `coded` (the stored tensors as they are) keep them packed, and a forward unpacks one at a time;
+            it is then what `from_pretrained` of transformers gives.
 
     Returns:
         The model, on the CPU.
 
     Raises:
-        CheckpointError: the directory is not a compressed model, or a file is missing, truncated or changed.
-        ValueError: `dtype` is not one.
+        CheckpointError: the directory is not a compressed model, or a file is missing, truncated or changed, or it is
+            of a version before 6 and not to be `dense`.
+        ValueError: `dtype` or `resident` is not one.
     """
     compute_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(compute_dtype, torch.dtype):
         raise ValueError(f"dtype must be a torch.dtype or the name of one, got {dtype!r}")
+    check_choice("resident", resident, Residence)
+    if resident != "dense":
+        options = {"dtype": compute_dtype, "attn_implementation": attn_implementation, "resident": resident}
+        return read_settled(directory, lambda path: _load_packed(path, options))
     stored = read_settled(directory, read_stored)
     packed = take_packed(stored.tensors, stored.description, stored.described_in)
     _check_shapes(stored, packed)
@@ -63,11 +85,21 @@ def load_compressed(
     model = _allocate(stored, compute_dtype or evaluated_in, attn_implementation)
     _fill(model, stored, packed)
     if compute_dtype in (None, evaluated_in):
-        _fill_tables(model, stored)
+        fill_tables(model, {name: stored.tensors[name] for name in stored.tensors.keys() - model.state_dict().keys()})
     if stored.generation_config is not None:
         model.generation_config = stored.generation_config
     mark_compressed(model)
     return model.eval()
+
+
+def _load_packed(path: Path, options: Mapping[str, Any]) -> nn.Module:
+    """Let transformers load a directory, whose manifest has to be there."""
+    from transformers import AutoModelForCausalLM
+
+    read_description(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    with own_random_state():
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=False, **given)
 
 
 def _check_shapes(stored: Stored, packed: Mapping[str, PackedWeight]) -> None:
@@ -124,8 +156,9 @@ def _unpacked(stored: Stored, names: Sequence[str], packed: Mapping[str, PackedW
         raise
 
 
-def _fill_tables(model: nn.Module, stored: Stored) -> None:
-    """Put the stored tables in the place of those that the model has computed."""
-    for name in stored.tensors.keys() - model.state_dict().keys():
+def fill_tables(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
+    """Put stored tables, by name, in the place of those that the model has computed."""
+    for name, table in tables.items():
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(leaf, stored.tensors[name], persistent=False)
+        holder = model.get_submodule(owner)
+        holder.register_buffer(leaf, table.to(holder.get_buffer(leaf).device), persistent=False)

@@ -31,6 +31,7 @@ from sgpt_lightning.checkpoint.contents import contents
 from sgpt_lightning.format.description import (
     CONFIG,
     GENERATION_CONFIG,
+    RESIDENT,
     SHARD_INDEX,
     WEIGHT_FILE,
     WEIGHTS,
@@ -48,8 +49,6 @@ from sgpt_lightning.report.card import model_card
 MAX_SHARD_SIZE = "5GB"
 NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory: import sgpt_lightning first, then load it again"
 """Where transformers looks for the name of the weights; it stops there and shows this text."""
-RESIDENT = "packed"
-"""How packed weights live in memory unless `from_pretrained` is told otherwise."""
 
 
 def save_compressed(

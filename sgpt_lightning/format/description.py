@@ -8,7 +8,7 @@ which tensors are tied, how the model was evaluated, and where the tensors are. 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sgpt_lightning.format.directory import FORMAT
 from sgpt_lightning.format.layout import WeightSpec
@@ -19,6 +19,10 @@ GENERATION_CONFIG = "generation_config.json"
 SHARD_INDEX = "sgpt.safetensors.index.json"
 WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
 WEIGHTS = ("sgpt.safetensors", SHARD_INDEX)
+Residence = Literal["packed", "coded", "dense"]
+"""How packed weights live in memory: codes of just enough bits, the stored tensors as they are, or unpacked."""
+RESIDENT: Residence = "packed"
+"""Unless `from_pretrained` is told otherwise."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
