@@ -26,10 +26,11 @@ def test_a_python_block_runs_as_it_stands(number, two_blocks, tmp_path, monkeypa
 def test_the_commands_run_in_order_and_fill_the_directory_they_name(readme_runs):
     directory, runs = readme_runs
     assert [run.command[1] for run in runs] == [
-        "fit", "fit", "validate", "inspect", "generate", "export", "export",
+        "fit", "fit", "validate", "inspect", "generate", "benchmark", "export", "export",
     ]  # fmt: skip
     assert all("python-docs" in run.out for run in runs[:4])
     assert "== dense: opt-mini\n" in runs[4].out
+    assert "packed is " in runs[5].out
     assert [path.stat().st_size > 1e6 for path in directory.glob("runs/**/*small.safetensors")] == [True]
     assert (directory / "runs" / "small" / "sgpt_manifest.json").is_file()
     for name in ("demo", "fixed-widths"):
