@@ -74,7 +74,7 @@ def affine_form(packed: PackedWeight, weight: Tensor) -> Affine:
         differences[taken] = whole[taken].to(torch.int16)
         left &= ~taken
     if bool(left.any()):
-        raise NotAffineError(_why_not(packed, weight.dtype, int(left.sum()), left.numel()))
+        raise NotAffineError(_why_not(packed, weight.dtype))
     return Affine(differences.view(weight.shape), scale, group_size)
 
 
@@ -90,12 +90,14 @@ def _check_kind(packed: PackedWeight) -> None:
         raise NotAffineError(f"groups of {spec.group_size} do not divide its {spec.shape[1]} inputs")
 
 
-def _why_not(packed: PackedWeight, dtype: torch.dtype, rows: int, of: int) -> str:
+def _why_not(packed: PackedWeight, dtype: torch.dtype) -> str:
+    """Return a reason without figures, so that linears can be counted by it."""
     spec = packed.spec
     assert spec.widths is not None
     if len(spec.widths) > 1 and spec.width_axis == "input":
-        return f"its columns have {len(spec.widths)} widths, whose steps have no common divisor in {_name(dtype)}"
-    return f"{rows} of {of} rows or groups have no exact scale in {_name(dtype)}; float32 holds them"
+        return f"its columns have several widths, whose steps have no common divisor in {_name(dtype)}"
+    remedy = "" if dtype == torch.float32 else ", which the dtype float32 has"
+    return f"some of its rows have no exact scale in {_name(dtype)}{remedy}"
 
 
 def _name(dtype: torch.dtype) -> str:

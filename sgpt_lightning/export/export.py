@@ -13,6 +13,7 @@ Left out: writing back (an export is not a compressed model of ours any more), f
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def _packing(directory: str | Path, model: nn.Module) -> Packing:
     linears = find_decoder_blocks(model).linears()
     packing = pack_linears(linears, read_settled(directory, _read_packed))
     if not packing.schemes:
-        reasons = sorted(set(packing.reasons.values()))
+        reasons = [f"{count} because {reason}" for reason, count in Counter(packing.reasons.values()).items()]
         raise ValueError(
             f"compressed-tensors holds none of the {len(linears)} linears of {directory} exactly "
             f"({'; '.join(reasons)}): use the format dense-hf"

@@ -101,11 +101,11 @@ def test_values_are_believed_not_the_specification():
     packed = quantized(3)
     weight = unpack_weight(packed)
     weight[4, 7] = torch.nextafter(weight[4, 7], torch.tensor(9.0))
-    with pytest.raises(NotAffineError, match="1 of 13 rows or groups have no exact scale in float32"):
+    with pytest.raises(NotAffineError, match=r"some of its rows have no exact scale in float32$"):
         affine_form(packed, weight)
 
 
 def test_a_dtype_in_which_the_scale_rounds_is_refused():
     packed = quantized(4)
-    with pytest.raises(NotAffineError, match="have no exact scale in float16; float32 holds them"):
+    with pytest.raises(NotAffineError, match="have no exact scale in float16, which the dtype float32 has"):
         affine_form(packed, unpack_weight(packed).half())

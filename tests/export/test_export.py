@@ -161,6 +161,16 @@ def test_the_dtype_of_evaluation_is_taken_as_it_is_and_float32_holds_more(tmp_pa
     assert torch.equal(logits(plain), logits(load_compressed(source, dtype=torch.float32)))
 
 
+def test_integers_in_16_bits_are_refused_with_the_dtype_that_holds_them(tmp_path):
+    source = compressed(tmp_path / "half", "opt", Recipe(preset="gptq", target_avg_bits=4), torch.float16)
+    with pytest.raises(
+        ValueError, match="12 because some of its rows have no exact scale in float16, which the dtype float32"
+    ):
+        export_model(source, tmp_path / "out", "compressed-tensors")
+    done = export_model(source, tmp_path / "out", "compressed-tensors", dtype="float32")
+    assert len(done.integer_bits) == 12
+
+
 def test_rounded_tables_that_other_programs_compute_anew_are_named(tmp_path):
     source = compressed(tmp_path / "half", "llama", CODED, torch.float16)
     assert "note: 1 tables" in summary(export_model(source, tmp_path / "out")).replace("2 tables", "1 tables")
@@ -214,5 +224,7 @@ def test_the_command_writes_and_says_what_it_cost(integers, coded, tmp_path):
     assert f"{tmp_path / 'out'}: weights {size / 1e6:.2f} MB in float32" in printed
     refused = run_main("export", coded, tmp_path / "no", "--format", "compressed-tensors", status=2).err
     assert "holds none of the 12 linears" in refused
-    assert "rate-coded: every input channel has a step of its own" in refused
+    assert (
+        "exactly (12 because rate-coded: every input channel has a step of its own): use the format dense-hf" in refused
+    )
     assert not (tmp_path / "no").exists()

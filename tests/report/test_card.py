@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from models_for_tests import make_batches, make_model
+from models_for_tests import make_batches, make_model, make_tokens
 
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.load import load_compressed
@@ -30,6 +30,7 @@ RUN = {
         "protocol": {"wikitext2": {"joining": "\n\n", "dataset": "/home/someone/texts/wiki.txt", "windows": 4}},
     },
 }
+PROBE = make_tokens(2, 10, seed=99)
 HOSTILE = '"evil": x\n---\nlicense: mit\n# `|<script>'
 
 
@@ -72,6 +73,23 @@ def test_it_says_what_the_manifest_says(saved):
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "import sgpt_lightning" in code
+
+
+def test_what_it_says_of_loading_is_true(saved, tmp_path):
+    places = {
+        "sgpt": saved[0],
+        "dense-hf": tmp_path / "dense-hf",
+        "compressed-tensors": tmp_path / "compressed-tensors",
+    }
+    expected = load_compressed(saved[0])(PROBE).logits
+    for kind, place in places.items():
+        if kind != "sgpt":
+            export_model(saved[0], place, kind)
+        names = {"directory": place}
+        exec((place / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+        for name in names.keys() & {"model", "dense"}:
+            with torch.no_grad():
+                assert torch.equal(names[name](PROBE).logits, expected), kind
 
 
 def test_the_manifest_vouches_for_it(tmp_path):
