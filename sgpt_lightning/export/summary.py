@@ -22,10 +22,10 @@ def summary(exported: Exported) -> str:
     if exported.rounded:
         parts.append(f"{exported.rounded:,} values were rounded to {_dtype(exported)}")
     parts += [f"note: {note}" for note in exported.notes]
-    times = exported.bytes / exported.compressed_bytes
+    price = exported.bytes - exported.compressed_bytes
     parts.append(
-        f"{exported.output}: weights {format_bytes(exported.bytes)} in {_dtype(exported)}, "
-        f"{times:.1f}x the compressed {format_bytes(exported.compressed_bytes)}"
+        f"{exported.output}: weights {format_bytes(exported.bytes)} in {_dtype(exported)}, {price:+,} bytes against "
+        f"the compressed directory, {exported.bytes / exported.compressed_bytes:.2f}x"
     )
     return "\n".join(parts)
 

@@ -221,7 +221,8 @@ def test_the_command_writes_and_says_what_it_cost(integers, coded, tmp_path):
     }
     assert "linears as integers: 10 at 4 bits; dense: 4" in printed
     size = (tmp_path / "out/model.safetensors").stat().st_size
-    assert f"{tmp_path / 'out'}: weights {size / 1e6:.2f} MB in float32" in printed
+    price = size - (integers["partly"] / "sgpt.safetensors").stat().st_size
+    assert f"{tmp_path / 'out'}: weights {size / 1e6:.2f} MB in float32, {price:+,} bytes against" in printed
     refused = run_main("export", coded, tmp_path / "no", "--format", "compressed-tensors", status=2).err
     assert "holds none of the 12 linears" in refused
     assert (
