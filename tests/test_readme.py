@@ -15,7 +15,10 @@ def script(name):
     return runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+ALONE = [number for number, block in enumerate(blocks("python")) if "runs/small" not in block]
+
+
+@pytest.mark.parametrize("number", ALONE)
 def test_a_python_block_runs_as_it_stands(number, two_blocks, tmp_path, monkeypatch):
     (tmp_path / "block.py").write_text(blocks("python")[number])
     monkeypatch.chdir(tmp_path)
@@ -35,6 +38,19 @@ def test_the_commands_run_in_order_and_fill_the_directory_they_name(readme_runs)
     assert (directory / "runs" / "small" / "sgpt_manifest.json").is_file()
     for name in ("demo", "fixed-widths"):
         assert len(list((directory / "runs" / name).glob("lightning_logs/*/report.json"))) == 1
+
+
+def test_what_the_commands_wrote_is_loaded_anywhere_and_written_again(readme_runs, monkeypatch, capsys):
+    directory, _ = readme_runs
+    (block,) = [block for block in blocks("python") if "runs/small" in block]
+    monkeypatch.chdir(directory)
+    (directory / "block.py").write_text(block)
+    runpy.run_path("block.py", run_name="__main__")
+    assert "The with statement" in capsys.readouterr().out
+    small, copy = ({p.name: p.read_bytes() for p in (directory / "runs" / n).iterdir()} for n in ("small", "copy"))
+    assert len(small) > 4
+    assert {name: small[name] for name in copy} == copy
+    assert {"sgpt.safetensors", "config.json", "sgpt_manifest.json", "tokenizer.json"} <= set(copy)
 
 
 def make(target):

@@ -14,13 +14,13 @@ from sgpt_lightning.checkpoint.reading import (
     blaming,
     check_shapes,
     naming,
-    read_description,
     read_stored,
     take_packed,
 )
 from sgpt_lightning.format.description import CONFIG, Residence
 from sgpt_lightning.format.directory import CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight
+from sgpt_lightning.format.manifest import read_manifest
 from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.blocks import mark_compressed
@@ -96,7 +96,7 @@ def _load_packed(path: Path, options: Mapping[str, Any]) -> nn.Module:
     """Let transformers load a directory, whose manifest has to be there."""
     from transformers import AutoModelForCausalLM
 
-    read_description(path)
+    read_manifest(path)
     given = {name: value for name, value in options.items() if value is not None}
     with own_random_state():
         return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=False, **given)

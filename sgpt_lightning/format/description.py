@@ -58,7 +58,7 @@ class Description:
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"it is of format version {version}, which transformers cannot build: read it with "
-                "sgpt_lightning.load_compressed, or compress the model again"
+                "sgpt_lightning.load_compressed, which makes it dense, or compress the model again"
             )
         fields = {key: value for key, value in values.items() if key not in ("quant_method", "format_version")}
         return cls.from_fields(fields)

@@ -63,6 +63,7 @@ class SgptQuantizer(HfQuantizer):
         self._checked: Path | None = None
         self._resident = ""
         self._source: Source | None = None
+        self._ties: list[tuple[Any, str, Any]] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Read the description, and put into the config what it says of the weights' file, dtype and attention.
@@ -80,9 +81,8 @@ class SgptQuantizer(HfQuantizer):
         check_choice("resident", self._resident, Residence)
         if (path / MANIFEST).is_file():
             self._check(path, None)
-            headers = read_headers([file for file in path.iterdir() if WEIGHT_FILE.fullmatch(file.name)])
-            with naming(path / CONFIG):
-                check_counts(json.loads((path / CONFIG).read_bytes()), headers)
+        if (path / CONFIG).is_file():
+            _check_counts(path)
         config.transformers_weights = self.description.weights
         config.dtype = getattr(torch, self.description.compute_dtype)
         if config._attn_implementation is None:
@@ -113,8 +113,10 @@ class SgptQuantizer(HfQuantizer):
         self._check_ties(model, path)
         with naming(path / CONFIG):
             pack_model(model, packed, self.description.aliases)
+        for module in packed_modules(model).values():
+            module.veil(True)  # transformers initializes the weights of modules that it did not fill
         tied = {f"{name}.weight" for name in tied_to_packed(packed, self.description.aliases)}
-        _forget_ties(model, tied)
+        self._ties = _forget_ties(model, tied)
         tables = set(rest) - set(model.state_dict())
         # Looked for on the instance: tables are read when all else is.
         model._keys_to_ignore_on_load_unexpected = {
@@ -143,6 +145,8 @@ class SgptQuantizer(HfQuantizer):
         """Fill in stored tables, give the model the residence that was asked for, and let it save itself as it came."""
         assert self.description is not None
         assert self._source is not None
+        for module in packed_modules(model).values():
+            module.veil(False)
         if model.dtype == getattr(torch, self.description.compute_dtype):
             fill_tables(model, self._source.read_tables(model))
         model.config.__dict__.pop("transformers_weights", None)
@@ -160,6 +164,8 @@ class SgptQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         """Make an ordinary model of it, in the dtype that it computes in."""
         unpack_model(model)
+        for part, attribute, keys in self._ties:
+            setattr(part, attribute, keys)
         model.config.__dict__.pop("_is_quantized", None)
         model.__dict__.pop("save_pretrained", None)
         self.remove_quantization_config(model)
@@ -175,11 +181,22 @@ class SgptQuantizer(HfQuantizer):
         return False
 
 
-def _forget_ties(model: Any, tied: set[str]) -> None:
-    """Keep transformers from tying parameters that packed modules do not have."""
+def _check_counts(path: Path) -> None:
+    """Compare the counts in a directory's config with its weights, if they are there: transformers believes it all."""
+    headers = read_headers([file for file in path.iterdir() if WEIGHT_FILE.fullmatch(file.name)])
+    with naming(path / CONFIG):
+        if headers:
+            check_counts(json.loads((path / CONFIG).read_bytes()), headers)
+
+
+def _forget_ties(model: Any, tied: set[str]) -> list[tuple[Any, str, Any]]:
+    """Keep transformers from tying parameters that packed modules do not have; return what stood where."""
+    before = []
     for prefix, part in model.named_modules():
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             keys = getattr(part, attribute, None)
             if isinstance(keys, dict):
                 names = {key: f"{prefix}.{key}" if prefix else key for key in keys}
+                before.append((part, attribute, keys))
                 setattr(part, attribute, {key: keys[key] for key in keys if names[key] not in tied})
+    return before

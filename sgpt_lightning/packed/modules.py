@@ -60,9 +60,15 @@ class Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight in the compute dtype and the form that the dense module has, made anew each time."""
+        if self.__dict__.get("_veiled"):
+            return self._formed(torch.empty(self.spec.shape, dtype=self.compute_dtype, device="meta"))
         form = self.resident
         matrix = unpack_weight(self.packed_weight) if form is None else form.weight()
         return self._formed(matrix).to(self.compute_dtype).contiguous()
+
+    def veil(self, veiled: bool) -> None:
+        """Let `weight` be a tensor without memory, or no longer: for code that initializes what was not loaded."""
+        self.__dict__["_veiled"] = veiled
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the buffers whose names begin with a prefix; `IN_MEMORY` is left out of the names."""
@@ -222,7 +228,7 @@ def unpack_model(model: nn.Module) -> None:
         owner = owners[module]
         weight = nn.Parameter(module.weight, requires_grad=False) if owner is module else owner._parameters["weight"]
         module.drop_tensors()
-        for name in ("spec", "compute_dtype", "_owner", "_form"):
+        for name in ("spec", "compute_dtype", "_owner", "_form", "_veiled"):
             module.__dict__.pop(name, None)
         module.__class__ = module.__dict__.pop("dense_class")
         module.register_parameter("weight", weight)
