@@ -161,6 +161,7 @@ class SgptQuantizer(HfQuantizer):
             if module.holder is module:
                 with blaming(self._source.path / CONFIG, name):
                     module.reside()
+        model.requires_grad_(False)  # or autograd keeps every weight that a forward unpacks
         self._source.remember(model)
         save_as_loaded(model, self._source)
         return model
