@@ -23,6 +23,7 @@ QUANTIZED: list[dict[str, Any]] = [
     *({"widths": tuple(range(1, 9)), "kind": kind, "mask": 0.4} for kind in ("zero-point", "offset", "zero-free")),
     *({"widths": (3, 4), "kind": "zero-free", "mask": (2, 4), "axis": axis} for axis in ("input", "output")),
     *({"widths": MIXED, "kind": kind, "axis": "output"} for kind in ("zero-point", "offset")),
+    {"widths": (5,), "kind": "zero-point", "axis": "output"},
     *({"widths": MIXED, "kind": kind, "axis": "output", "mask": 0.6} for kind in ("zero-point", "zero-free")),
     *({"widths": (4,), "kind": kind, "group": 24} for kind in ("zero-point", "offset", "zero-free")),
     *({"widths": MIXED, "kind": kind, "group": 13} for kind in ("zero-point", "zero-free")),

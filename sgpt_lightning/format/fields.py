@@ -5,7 +5,6 @@ from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, Quantized, power_of_two
-from sgpt_lightning.format.contexts import LIMIT
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, origin_name
 from sgpt_lightning.format.planes import Run, lay_fields, lift_fields, row_words
 
@@ -13,9 +12,6 @@ APART_TILE = 16
 """Rows to a number in `apart_tiles`."""
 _PRICE_APART = 128
 """What a code apart counts, in bits, when widths are chosen: 64 in memory, and as much again for a kernel's trouble."""
-_WORTH_A_RUN = 2
-"""Words of a row that a run of its own must save; one is not worth the trouble."""
-_WIDEST = LIMIT.bit_length() + 1
 
 
 def of_quantized(solution: Quantized, packed: PackedWeight) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
@@ -64,10 +60,13 @@ def grid_tensors(packed: PackedWeight) -> dict[str, Tensor]:
 
 
 def of_coded(solution: Coded) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
-    """Lay out a coded matrix in as many bits per input channel as save memory, codes beyond them apart."""
+    """Lay out a coded matrix in the bits per input channel that save memory, codes beyond them apart.
+
+    There are two widths at most: each more is a launch of a kernel, and saves next to nothing where codes may be apart.
+    """
     codes = solution.codes
     rows, columns = solution.shape
-    runs, order = runs_of(_merged(_cheapest_bits(codes), rows), (rows, columns), False)
+    runs, order = runs_of(_cheapest_bits(codes), (rows, columns), False)
     words, apart = [], []
     for run in runs:
         run_codes = codes[:, members(order, run)]
@@ -94,28 +93,16 @@ def _magnitude(codes: Tensor) -> Tensor:
 
 
 def _cheapest_bits(codes: Tensor) -> Tensor:
-    """Return the bits of each column at which its fields and its codes apart cost least, int64 `[in_features]`."""
+    """Return the bits of each column, int64 `[in_features]`: of the two widths at which all take least."""
     magnitude = _magnitude(codes)
     widest = int(magnitude.max()).bit_length() + 1
     bits = torch.arange(1, widest + 1, device=codes.device)
     beyond = torch.stack([(magnitude >> (b - 1) != 0).sum(0) for b in range(1, widest)] + [torch.zeros_like(codes[0])])
-    return bits[(len(codes) * bits[:, None] + _PRICE_APART * beyond).argmin(0)]
-
-
-def _merged(bits: Tensor, rows: int) -> Tensor:
-    """Widen the columns of a run where a run of their own saves next to nothing."""
-    counts = torch.bincount(bits, minlength=_WIDEST + 1).tolist()
-    becomes, wide, held = list(range(_WIDEST + 1)), 0, 0
-    for narrow in range(_WIDEST, 0, -1):
-        if not counts[narrow]:
-            continue
-        together = row_words(held + counts[narrow], wide)
-        apart = row_words(held, wide) + row_words(counts[narrow], narrow)
-        if held and together < apart + _WORTH_A_RUN:
-            becomes[narrow], held = wide, held + counts[narrow]
-        else:
-            wide, held = narrow, counts[narrow]
-    return torch.tensor(becomes, device=bits.device)[bits]
+    prices = len(codes) * bits[:, None] + _PRICE_APART * beyond
+    # The best partner of each width, from all pairs at once.
+    pairs = torch.stack([torch.minimum(prices, price).sum(1) for price in prices])
+    one, other = divmod(int(pairs.argmin()), widest)
+    return torch.where(prices[one] <= prices[other], bits[one], bits[other])
 
 
 def read(

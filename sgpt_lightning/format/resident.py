@@ -35,8 +35,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.paths import MATVEC, UNPACK, with_kernels
 from sgpt_lightning.core.solution import Coded, Pruned, Solution
 from sgpt_lightning.format import fields, survivors
+from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_as, unpack_solution
 from sgpt_lightning.format.planes import Run
@@ -76,9 +78,20 @@ class Resident:
         """Return the same weight on another device."""
         return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
-    def weight(self) -> Tensor:
-        """Return the whole matrix, float32 `[out_features, in_features]`, bit for bit what `unpack_weight` returns."""
-        return self._solution(None).weight()
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the whole matrix, `[out_features, in_features]`, bit for bit what `unpack_weight` returns.
+
+        Args:
+            dtype: what float32 is rounded to in the end.
+        """
+        if not has_kernels(self.spec):
+            return self._reference(dtype)
+        parts = self.spec, self.runs, self._floats()
+        family = family_of(self.spec, UNPACK)
+        return with_kernels(self.device, family, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
+
+    def _reference(self, dtype: torch.dtype) -> Tensor:
+        return self._solution(None).weight().to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return some rows, float32 `[n, in_features]`, bit for bit `weight()[index]`; no others are unpacked.
@@ -102,15 +115,26 @@ class Resident:
                 f"x must be [n, in_features] with n <= {MOST_ROWS} and in_features = {self.spec.shape[1]}, "
                 f"got {list(x.shape)}"
             )
+        if not has_kernels(self.spec) or not len(x):
+            return self._multiplied(x)
+        parts = self.spec, self.runs, self._floats()
+        family = family_of(self.spec, MATVEC)
+        return with_kernels(self.device, family, lambda k: multiply(k, x, *parts), lambda: self._multiplied(x))
+
+    def _multiplied(self, x: Tensor) -> Tensor:
         return (x.float() @ self.weight().T).to(x.dtype)
 
     def stored(self) -> PackedWeight:
         """Return the file's form, byte for byte what this was made of; coded weights are encoded for it."""
         return pack_as(self._solution(None), self.spec)
 
+    def _floats(self) -> dict[str, Tensor]:
+        """Return the tensors, floats as such."""
+        return {name: bits.view(self.floats.get(name, bits.dtype)) for name, bits in self.tensors.items()}
+
     def _solution(self, index: Tensor | None) -> Solution:
         """Return all rows, or some."""
-        tensors = {name: bits.view(self.floats.get(name, bits.dtype)) for name, bits in self.tensors.items()}
+        tensors = self._floats()
         if "mask" in tensors:
             return survivors.read(self.spec, self.runs, tensors, index)
         if "values" in tensors:

@@ -11,7 +11,7 @@ from sgpt_lightning.format.planes import lane_order, lay_fields, lift_fields, ro
 from sgpt_lightning.format.resident import MOST_ROWS, Resident, reside
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPES = [(1, 16), (9, 45), (35, 120)]
+SHAPES = [(1, 16), (35, 120)]
 CASES = {f"{rows}x{columns} {name}": s for rows, columns in SHAPES for name, s in solutions(rows, columns).items()}
 
 
@@ -41,7 +41,7 @@ def test_weight_rows_and_the_stored_form_are_bit_for_bit_what_was_packed(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("35")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_product_is_that_of_the_weight_to_the_rounding_of_its_dtype(case, dtype):
     solution = CASES[case]
     x = torch.randn(3, solution.shape[1], generator=generator(1)).to(dtype)
@@ -115,7 +115,7 @@ def test_three_coded_bits_take_four_and_a_half_in_memory():
 def test_codes_far_out_are_kept_apart_and_do_not_widen_their_columns():
     near, far = (reside(pack_weight(coded(600, 64, 1.3, far))) for far in (0, 8))
     assert far.tensors["words"].nbytes <= near.tensors["words"].nbytes
-    assert 8 <= len(far.tensors["apart"]) < 8 + 600 * 64 // 1000
+    assert int((far.tensors["apart"].abs() == 2**24 - 1).sum()) == 8
 
 
 @pytest.mark.parametrize("shape", [(3, 44), (45,), (MOST_ROWS + 1, 45)])
