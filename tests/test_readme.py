@@ -8,7 +8,10 @@ import shutil
 import subprocess
 
 import pytest
+from models_for_tests import make_model
 from readme_runs import README, ROOT, blocks, cut_down
+
+from sgpt_lightning.models.names import load_tokenizer
 
 
 def script(name):
@@ -83,6 +86,28 @@ def test_the_benchmark_of_the_table_runs(tmp_path, capsys):
     assert values["dense", ""] < min(values["GPTQ 4 bit", seed] for seed in "01") < values["RTN 3 bit", "0"]
     assert len(json.loads(output.read_text())["rows"]) == 5
     assert figure.read_bytes()[:4] == b"\x89PNG"
+    # more than the two models that are held, of 8.5 million float32 parameters each, and less than a CI machine has
+    peaks = {row["method"]: row["peak_bytes"] for row in measured}
+    assert peaks.pop("dense") == ""
+    assert all(2 * 4 * 8.5e6 < float(peak) < 8e9 for peak in peaks.values())
+    assert [row.split("|")[-2].strip() for row in rows[:2]] == ["peak, MB", "-"]
+
+
+def test_the_benchmark_runs_on_a_model_without_biases(tmp_path, capsys):
+    tokenizer = load_tokenizer("opt-mini")
+    tokenizer.save_pretrained(tmp_path)
+    make_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("One shoe, two shoes, and a boot that was lost in the snow. " * 40)
+    rows = {"SparseGPT 2:4 + 4 bit": 2.75, "best, 2:4 + mean 4 bit": 2.75, "best, dense 3 bit": 3}
+    sizes = ["--seq_len", "32", "--samples", "2", "--eval_windows", "1", "--device", "cpu"]
+    options = ["--model", str(tmp_path), "--calibration", str(text), "--evaluation", str(text)]
+    script("benchmark_quality")["main"]([*options, *sizes, "--only", *rows])
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    bits = {cells[1].strip(): float(cells[2]) for cells in table}
+    # mask and codes, and what a row stores besides: one bit a weight, and for its width a tenth, where it has 32 inputs
+    assert all(least < bits.pop(name) < least + 1.1 for name, least in rows.items())
+    assert not bits
 
 
 @pytest.mark.parametrize(
