@@ -24,6 +24,7 @@ from sgpt_lightning.kernels.words import (
     grid_scale,
     grid_value,
     held_by,
+    is_looped,
     lane_words,
     pointers,
     row_words,
@@ -78,16 +79,25 @@ def matvec(x: Tensor, bands: list[Band], out_features: int) -> Tensor:
         if slices > 1:
             row_order = x if band.row_order is None else band.row_order
             _add[(triton.cdiv(band.rows, 128), len(x))](
-                sums, out, row_order, band.rows, out_features, len(x), slices, band.row_order is not None, 128
+                sums,
+                out,
+                row_order,
+                band.rows,
+                out_features,
+                len(x),
+                slices,
+                band.row_order is not None,
+                128,
+                enable_fp_fusion=True,
             )
     return out
 
 
 def _launches(band: Band, rows: int) -> list[_Launch]:
-    """Deal the runs to launches: two at a time, wide ones alone."""
-    narrow = [run for run in band.runs if run.bits <= 8]
-    groups = [tuple(narrow[at : at + 2]) for at in range(0, len(narrow), 2)]
-    groups += [(run,) for run in band.runs if run.bits > 8]
+    """Deal the runs to launches: two at a time, those that are looped over alone."""
+    unrolled = [run for run in band.runs if not is_looped(band, run)]
+    groups = [tuple(unrolled[at : at + 2]) for at in range(0, len(unrolled), 2)]
+    groups += [(run,) for run in band.runs if is_looped(band, run)]
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(band.rows, rows))
     apart = band.apart is not None and len(band.apart) > 0
     return [
@@ -107,10 +117,10 @@ def _launch(x: Tensor, sums: Tensor, launch: _Launch, out_features: int, inputs:
     numbers: list[Any] = [band.rows, band.columns, 0 if band.span is None else band.span.shape[1]]
     numbers += [len(x), out_features, launch.splits, *first[1:], *second[1:]]
     _matvec[(triton.cdiv(band.rows, rows), launch.slices)](
-        x, sums, *pointers(band), *numbers, first.bits,
-        N=inputs, ROWS=rows, LANES=LANES, KIND=band.kind, BITS=first.bits if first.bits <= 8 else 0,
+        x, sums, *pointers(band), *numbers,
+        N=inputs, ROWS=rows, LANES=LANES, KIND=band.kind, BITS=first.bits, LOOPED=is_looped(band, first),
         SECOND_BITS=second.bits, WIDEST=band.widest, GROUP=band.group_size, ORDERED=band.order is not None,
-        ROW_ORDERED=band.row_order is not None, APART=launch.apart, num_warps=WARPS,
+        ROW_ORDERED=band.row_order is not None, APART=launch.apart, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -132,10 +142,10 @@ def _add(parts, out, row_order, rows, out_features, n, slices, ROW_ORDERED: tl.c
 def _matvec(
     x, out, words, order, row_order, column_factors, row_factors, span, origin, apart_at, apart, apart_tiles,
     rows, columns, segments, n, out_features, splits,
-    first, count, start, segment, second_first, second_count, second_start, second_segment, bits,
+    first, count, start, segment, second_first, second_count, second_start, second_segment,
     N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     SECOND_BITS: tl.constexpr, WIDEST: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr,
-    ROW_ORDERED: tl.constexpr, APART: tl.constexpr,
+    ROW_ORDERED: tl.constexpr, APART: tl.constexpr, LOOPED: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -144,16 +154,16 @@ def _matvec(
         row = tl.load(row_order + number, mask=number < rows, other=0).to(tl.int32)
     pieces = (count + 32 * LANES - 1) // (32 * LANES)
     if split < splits:
-        if BITS == 0:
-            a, b, c, d, e, f, g, h = _wide(
-                x, words, order, column_factors, number, rows, columns, n, count, first, start, bits,
-                split, splits, pieces, N, ROWS, LANES, ORDERED,
+        if LOOPED:
+            a, b, c, d, e, f, g, h = _looped_run(
+                x, words, order, column_factors, span, origin, number, row, rows, columns, segments, n,
+                count, first, start, split, splits, pieces, N, ROWS, LANES, KIND, BITS, WIDEST, GROUP, ORDERED,
             )  # fmt: skip
         else:
             a, b, c, d, e, f, g, h = _run(
                 x, words, order, column_factors, span, origin, number, row, rows, columns, segments, n,
                 count, first, start, segment, split, splits, pieces,
-                N, ROWS, LANES, KIND, BITS, WIDEST, GROUP, ORDERED,
+                N, ROWS, LANES, KIND, BITS, WIDEST, ORDERED,
             )  # fmt: skip
         if SECOND_BITS > 0:
             # Pieces of both runs are counted through and dealt to the programs in turn.
@@ -162,7 +172,7 @@ def _matvec(
             a2, b2, c2, d2, e2, f2, g2, h2 = _run(
                 x, words, order, column_factors, span, origin, number, row, rows, columns, segments, n,
                 second_count, second_first, second_start, second_segment, begin, splits, more,
-                N, ROWS, LANES, KIND, SECOND_BITS, WIDEST, GROUP, ORDERED,
+                N, ROWS, LANES, KIND, SECOND_BITS, WIDEST, ORDERED,
             )  # fmt: skip
             a, b, c, d, e, f, g, h = a + a2, b + b2, c + c2, d + d2, e + e2, f + f2, g + g2, h + h2
         _store(out, row_factors, number, row, rows, n, out_features, split, a, 0, N, KIND)
@@ -204,7 +214,7 @@ def _run(
     x, words, order, column_factors, span, origin, number, row, rows, columns, segments, n,
     count, first, start, segment, begin, splits, pieces,
     N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-    WIDEST: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr,
+    WIDEST: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Sums over a program's columns of a run, `[ROWS]` for each row of x, without the factors of coded rows."""
     inside = number[:, None] < rows
@@ -213,10 +223,10 @@ def _run(
     a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     sa, sb, sc, sd, se, sf, sg, sh = none, none, none, none, none, none, none, none
     # Where a row has one step, it is multiplied with the sum.
-    APIECE: tl.constexpr = GROUP > 0 or KIND == 3
+    APIECE: tl.constexpr = KIND == 3
     half: tl.constexpr = 1 << (BITS - 1)
     step, zero = zeros, zeros
-    if KIND > 0 and GROUP == 0:
+    if KIND > 0:
         step, zero = grid_scale(span, origin, row[:, None], segment, segments, inside, KIND, BITS, WIDEST)
     for piece in range(begin, pieces, splits):
         lane = (piece * LANES + tl.arange(0, LANES))[None, :]
@@ -228,10 +238,6 @@ def _run(
             place = first + column_of(j, lane, count)
             column = tl.load(order + place, mask=exists, other=0).to(tl.int32) if ORDERED else place
             factor = tl.load(column_factors + place, mask=exists, other=0.0) if KIND == 0 else none
-            if GROUP > 0:
-                step, zero = grid_scale(
-                    span, origin, row[:, None], column // GROUP, segments, inside & exists, KIND, BITS, WIDEST
-                )
             q = grid_value(code, step, zero, KIND, BITS) if APIECE else small_float(code) - (8388608.0 + half)
             a, sa = _with_input(x, q, column, factor, exists, a, sa, columns, n, 0, N, KIND)
             b, sb = _with_input(x, q, column, factor, exists, b, sb, columns, n, 1, N, KIND)
@@ -281,13 +287,15 @@ def _total(
 
 
 @triton.jit
-def _wide(
-    x, words, order, column_factors, number, rows, columns, n, count, first, start, bits, begin, splits, pieces,
-    N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ORDERED: tl.constexpr,
+def _looped_run(
+    x, words, order, column_factors, span, origin, number, row, rows, columns, segments, n,
+    count, first, start, begin, splits, pieces,
+    N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    WIDEST: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """`_run` of coded weights, with fields of any width: seldom, so it is short rather than fast."""
+    """`_run` of wide fields, and of grids in groups: unrolled, these would not fit into registers."""
     inside = number[:, None] < rows
-    base = words + start + number.to(tl.int64)[:, None] * row_words(count, bits)
+    base = words + start + number.to(tl.int64)[:, None] * row_words(count, BITS)
     zeros, none = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
     a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     sa, sb, sc, sd, se, sf, sg, sh = none, none, none, none, none, none, none, none
@@ -297,17 +305,23 @@ def _wide(
             exists = j < held_by(lane, count)
             place = first + column_of(j, lane, count)
             column = tl.load(order + place, mask=exists, other=0).to(tl.int32) if ORDERED else place
-            factor = tl.load(column_factors + place, mask=exists, other=0.0)
-            code = wide_field(base, lane, count, inside, j, bits).to(tl.int32) - (1 << (bits - 1))
-            q = code.to(tl.float32)
-            a, sa = _with_input(x, q, column, factor, exists, a, sa, columns, n, 0, N, 0)
-            b, sb = _with_input(x, q, column, factor, exists, b, sb, columns, n, 1, N, 0)
-            c, sc = _with_input(x, q, column, factor, exists, c, sc, columns, n, 2, N, 0)
-            d, sd = _with_input(x, q, column, factor, exists, d, sd, columns, n, 3, N, 0)
-            e, se = _with_input(x, q, column, factor, exists, e, se, columns, n, 4, N, 0)
-            f, sf = _with_input(x, q, column, factor, exists, f, sf, columns, n, 5, N, 0)
-            g, sg = _with_input(x, q, column, factor, exists, g, sg, columns, n, 6, N, 0)
-            h, sh = _with_input(x, q, column, factor, exists, h, sh, columns, n, 7, N, 0)
+            factor = tl.load(column_factors + place, mask=exists, other=0.0) if KIND == 0 else none
+            code = wide_field(base, lane, count, inside, j, BITS)
+            if KIND == 0:
+                q = (code.to(tl.int32) - (1 << (BITS - 1))).to(tl.float32)
+            else:
+                step, zero = grid_scale(
+                    span, origin, row[:, None], column // GROUP, segments, inside & exists, KIND, BITS, WIDEST
+                )
+                q = grid_value(code, step, zero, KIND, BITS)
+            a, sa = _with_input(x, q, column, factor, exists, a, sa, columns, n, 0, N, KIND)
+            b, sb = _with_input(x, q, column, factor, exists, b, sb, columns, n, 1, N, KIND)
+            c, sc = _with_input(x, q, column, factor, exists, c, sc, columns, n, 2, N, KIND)
+            d, sd = _with_input(x, q, column, factor, exists, d, sd, columns, n, 3, N, KIND)
+            e, se = _with_input(x, q, column, factor, exists, e, se, columns, n, 4, N, KIND)
+            f, sf = _with_input(x, q, column, factor, exists, f, sf, columns, n, 5, N, KIND)
+            g, sg = _with_input(x, q, column, factor, exists, g, sg, columns, n, 6, N, KIND)
+            h, sh = _with_input(x, q, column, factor, exists, h, sh, columns, n, 7, N, KIND)
     a = _total(a, sa, zeros, zeros, 0, 0, N, 0, False)
     b = _total(b, sb, zeros, zeros, 0, 1, N, 0, False)
     c = _total(c, sc, zeros, zeros, 0, 2, N, 0, False)

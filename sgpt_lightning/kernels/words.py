@@ -57,6 +57,11 @@ class Band(NamedTuple):
     """How many lie before rows 0, 16, 32, ... and in all."""
 
 
+def is_looped(band: Band, run: Run) -> bool:
+    """Whether a program counts through the fields of a lane rather than has each as an instruction of its own."""
+    return run.bits > 8 or band.group_size > 0
+
+
 def pointers(band: Band) -> list[Any]:
     """Return the tensors as kernels take them; any other where one is absent."""
     tensors = [band.order, band.row_order, band.column_factors, band.row_factors, band.span, band.origin]
@@ -130,7 +135,7 @@ def field(a, b, c, d, e, f, g, h, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def wide_field(base, lane, columns, inside, j, bits):
-    """Field j of each lane at a width that is not known when the kernel is compiled, at most 25 bits."""
+    """Field j of each lane, where j is not known when the kernel is compiled; of at most 25 bits."""
     lanes = columns // 32
     word, shift = j * bits // 32, j * bits % 32
     held = held_by(lane, columns)

@@ -148,7 +148,7 @@ types = {"x": "*fp16", "weight": "*fp16", "order": "*i16", "row_order": "*i16", 
 types |= dict.fromkeys(("out", "column_factors", "row_factors"), "*fp32")
 types |= dict.fromkeys(("words", "apart_at", "apart", "apart_tiles"), "*i32")
 fixed = {"N": 1, "ROWS": 4, "LANES": 32, "KIND": 1, "BITS": 3, "SECOND_BITS": 0, "WIDEST": 3, "GROUP": 0}
-fixed |= {"ORDERED": False, "ROW_ORDERED": False, "APART": False}
+fixed |= {"ORDERED": False, "ROW_ORDERED": False, "APART": False, "LOOPED": False}
 for kernel, options in ((matvec._matvec, {}), (unpack._unpack, {"enable_fp_fusion": False})):
     constants = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
