@@ -62,7 +62,11 @@ def unpack(bands: list[Band], shape: tuple[int, int], dtype: torch.dtype) -> Ten
     return weight
 
 
-@triton.jit
+_NUMBERS = ["rows", "columns", "segments", "first", "count", "start", "segment"]
+_POINTERS = ["weight", "words", "order", "row_order", "column_factors", "row_factors", "span", "origin"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _unpack(
     weight, words, order, row_order, column_factors, row_factors, span, origin,
     rows, columns, segments, first, count, start, segment,

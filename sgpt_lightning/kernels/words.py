@@ -3,6 +3,9 @@
 Blocks are `[rows, lanes]`: a warp has 32 lanes of a row, so it reads 32 neighbouring words, and all that is
 known of a field but its word is known when the kernel is compiled.
 
+Numbers and pointers of a launch are not specialized upon (`do_not_specialize`): each linear of a model has others, and
+would have Triton compile the same kernel again for some seconds.
+
 Importing this needs Triton.
 """
 
