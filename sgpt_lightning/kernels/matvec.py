@@ -23,7 +23,7 @@ from sgpt_lightning.kernels.words import is_looped, pointers
 
 LANES = 32
 """Lanes of a piece: as many as a warp has threads."""
-ROWS = {1: 32, 2: 32, 4: 16, 8: 8}
+ROWS = {1: 32, 2: 16, 4: 16, 8: 8}
 """Rows of a program, by the rows of x that it multiplies with, at most."""
 WARPS = 4
 PROGRAMS = 512
