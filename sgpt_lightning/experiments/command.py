@@ -23,6 +23,7 @@ from sgpt_lightning.experiments.selftest import selftest
 from sgpt_lightning.experiments.study import Setting
 from sgpt_lightning.experiments.sweep import sweep
 from sgpt_lightning.experiments.tables import failure_lines, protocol_lines, write_csv, write_json
+from sgpt_lightning.models.hub import silence_transformers
 
 JOURNAL = "rows.jsonl"
 
@@ -49,7 +50,7 @@ STUDIES: Mapping[str, Study] = {
     "sweep": Study(
         "File bytes and perplexity for mean bits from 2.5 to 5, per method.",
         sweep,
-        {**_SMALL, "seeds": (0,), "blocks": 2},
+        {**_SMALL, "eval_windows": 32, "seeds": (0,), "blocks": 4},
     ),
 }
 
@@ -63,6 +64,7 @@ def main(command: str, arguments: Sequence[str]) -> None:
     """
     if command == "selftest":
         return _selftest(arguments)
+    silence_transformers()
     study = STUDIES[command]
     options = _parser(command, study).parse_args(list(arguments))
     setting = _setting(options, study)

@@ -16,7 +16,7 @@ from sgpt_lightning.experiments.rows import Journal, Row
 from sgpt_lightning.experiments.study import Outcome, Setting, by_arm, run_study
 from sgpt_lightning.experiments.tables import SPREAD, mean, study_table
 
-BITS, QUICK_BITS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0), (2.5, 3.0, 4.0, 5.0)
+BITS, QUICK_BITS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0), (2.5, 3.5, 5.0)
 METHODS = ("quantile", "budget", "loss", "rate-coded")
 
 
