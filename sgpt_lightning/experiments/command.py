@@ -121,7 +121,7 @@ def _write(report: StudyReport, output: Path, quick: bool, seconds: float) -> No
     """Print tables and where the files are; exit with 1 if an arm failed."""
     outcome = report.outcome
     output.mkdir(parents=True, exist_ok=True)
-    limits = "quick: differences this small say little; run it without --quick for figures to rely on.\n" * quick
+    limits = "quick: few windows, so small differences say little; for figures to rely on, leave out --quick.\n" * quick
     text = f"{report.text}\n\n{limits}{protocol_lines(outcome)}\n- {seconds:.0f} s, {torch.get_num_threads()} threads"
     print(text)
     (output / "table.md").write_text(text + "\n")

@@ -21,6 +21,7 @@ from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.experiments.arms import Arm, Batches
 from sgpt_lightning.experiments.measure import measure_arm, measure_dense
 from sgpt_lightning.experiments.rows import DENSE, Journal, Row, package_version, row_key
+from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.report.tables import format_duration
 from sgpt_lightning.text.windows import Windows, calibration_windows, evaluation_windows
@@ -46,7 +47,7 @@ class Setting:
     eval_windows: int = 100
     """Held-out windows of each text, at most."""
     seq_len: int | None = None
-    """Tokens per window; None takes the model's positions."""
+    """Tokens per window, the model's positions at most, which None takes."""
     blocks: int | None = None
     """Decoder blocks that are compressed, from the first; None compresses all."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -63,6 +64,8 @@ class Outcome(NamedTuple):
     """How the held-out windows of each text were made."""
     calibration: dict[int, dict[str, Any]]
     """How the calibration windows of each seed were made."""
+    blocks: int | None = None
+    """Decoder blocks of the model."""
 
     @property
     def texts(self) -> list[str]:
@@ -103,7 +106,8 @@ def run_study(
             error.add_note(f"rows measured so far are in {journal.path}, the same command goes on from there")
         raise
     protocols = {name: asdict(windows.protocol) for name, windows in bench.held_out.items()}
-    return Outcome(setting, rows, protocols, {s: asdict(drawn.protocol) for s, drawn in bench.drawn.items()})
+    calibration = {seed: asdict(drawn.protocol) for seed, drawn in bench.drawn.items()}
+    return Outcome(setting, rows, protocols, calibration, bench.blocks)
 
 
 class _Bench:
@@ -115,8 +119,9 @@ class _Bench:
         dense: Any = load_model(setting.model)
         self._model = {"name": setting.model, "digest": model_digest(dense)}
         self._dense = dense.to(setting.device)
+        self.blocks = len(find_decoder_blocks(dense).blocks)
         tokenizer = load_tokenizer(setting.model)
-        seq_len = setting.seq_len or dense.config.max_position_embeddings
+        seq_len = _window_length(setting, dense.config)
         self.held_out = {
             name: evaluation_windows(source, tokenizer, seq_len, setting.eval_windows)
             for name, source in text_names(setting.evaluation).items()
@@ -187,6 +192,14 @@ class _Bench:
         if self._done < self._total and taken:
             parts.append(f"{format_duration(sum(taken) / len(taken) * (self._total - self._done))} left at most")
         return ", ".join(parts)
+
+
+def _window_length(setting: Setting, config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    lengths = [length for length in (setting.seq_len, positions) if length is not None]
+    if not lengths:
+        raise ValueError(f"seq_len must be given for {setting.model!r}, whose config names no max_position_embeddings")
+    return int(min(lengths))
 
 
 def text_names(sources: Sequence[str]) -> dict[str, str]:

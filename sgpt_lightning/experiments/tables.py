@@ -70,7 +70,8 @@ def protocol_lines(outcome: Outcome) -> str:
     calibrated = next(iter(outcome.calibration.values()), None)
     lines = [f"model {setting.model} on {setting.device}, seeds {', '.join(map(str, setting.seeds))}"]
     if setting.blocks is not None:
-        lines.append(f"only the first {setting.blocks} decoder blocks are compressed; bits per weight are theirs")
+        some = f"the first {setting.blocks} of {outcome.blocks} decoder blocks"
+        lines.append(f"only {some} are compressed; bits per weight are theirs")
     if calibrated is not None:
         lines.append(
             f"calibration on {setting.calibration}: {calibrated['windows']} windows of {calibrated['seq_len']} tokens"
