@@ -9,8 +9,9 @@ Every difference is taken seed by seed, on the same windows; beside its mean sta
 differences over the seeds, which is what tells an effect from the draw of the windows.
 """
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sgpt_lightning.experiments.arms import Arm, ours
 from sgpt_lightning.experiments.controls import shuffled_scores
 from sgpt_lightning.experiments.figures import write_bars
 from sgpt_lightning.experiments.report import StudyReport
-from sgpt_lightning.experiments.rows import Journal
+from sgpt_lightning.experiments.rows import Journal, Row
 from sgpt_lightning.experiments.study import Outcome, Setting, by_arm, run_study
 from sgpt_lightning.experiments.tables import mean
 from sgpt_lightning.presets import ImportanceWeights, Parts
@@ -63,20 +64,21 @@ def ablate(setting: Setting, journal: Journal, quick: bool) -> StudyReport:
     sections = [f"{title}:\n\n{table}" for title, table in zip(titles, tables, strict=True)]
 
     def draw(path: Path) -> bool:
-        bars = {
-            arm.name: differences(outcome, arms[0].name, arm.name, text) for arms in (scores, parts) for arm in arms[1:]
-        }
-        shown = {name: spread_of(values) for name, values in bars.items() if values}
-        return write_bars(shown, f"change of perplexity on {text}", path)
+        bars: dict[str, tuple[float, float]] = {}
+        for baseline, *others in (scores, parts):
+            for arm in others:
+                values = differences(outcome, baseline.name, arm.name, lambda row: row.perplexity[text])
+                bars |= {arm.name: spread_of(values)} if values else {}
+        return write_bars(bars, f"change of perplexity on {text}", path)
 
     return StudyReport(outcome, "\n\n".join([*sections, DIFFERENCE]), draw)
 
 
-def differences(outcome: Outcome, baseline: str, arm: str, text: str) -> list[float]:
-    """Return what an arm's perplexity is above the baseline's, a number for each seed with which both ran."""
+def differences(outcome: Outcome, baseline: str, arm: str, read: Callable[[Row], float]) -> list[float]:
+    """Return by how much a figure of an arm is above the baseline's, a number for each seed with which both ran."""
     rows = by_arm(outcome.rows)
-    base = {row.seed: row.perplexity[text] for row in rows.get(baseline, [])}
-    return [row.perplexity[text] - base[row.seed] for row in rows.get(arm, []) if row.seed in base]
+    base = {row.seed: read(row) for row in rows.get(baseline, [])}
+    return [read(row) - base[row.seed] for row in rows.get(arm, []) if row.seed in base]
 
 
 def spread_of(values: Sequence[float]) -> tuple[float, float]:
@@ -87,14 +89,35 @@ def spread_of(values: Sequence[float]) -> tuple[float, float]:
 def difference_table(outcome: Outcome, names: Sequence[str], text: str) -> str:
     """Return one Markdown row per arm, of which the first is the baseline; failed arms are left out."""
     measured, baseline = by_arm(outcome.rows), names[0]
-    rows = []
-    for name in names:
-        if name not in measured:
-            continue
-        runs = measured[name]
-        cells = [name, f"{mean(runs, lambda run: run.bits_per_weight):.3f}"]
-        cells.append(f"{mean(runs, lambda run: run.perplexity[text]):.2f}")
-        values = [] if name == baseline else differences(outcome, baseline, name, text)
-        cells.append("{:+.3f} ± {:.3f}".format(*spread_of(values)).replace(" ± nan", "") if values else "")
-        rows.append((*cells, f"{mean(runs, lambda run: run.output_error):.4f}"))
-    return format_table(("arm", "bits/weight", text, "difference", "output error"), rows)
+
+    def perplexity(row: Row) -> float:
+        return row.perplexity[text]
+
+    def cells(name: str, read: Callable[[Row], float], digits: int) -> tuple[str, str]:
+        values = [] if name == baseline else differences(outcome, baseline, name, read)
+        return f"{mean(measured[name], read):.{digits}f}", _difference(values, digits + 1)
+
+    rows = [
+        (
+            name,
+            f"{mean(measured[name], lambda run: run.bits_per_weight):.3f}",
+            *cells(name, perplexity, 2),
+            *cells(name, _error, 4),
+        )
+        for name in names
+        if name in measured
+    ]
+    return format_table(("arm", "bits/weight", text, "difference", "output error", "difference"), rows)
+
+
+def _error(row: Row) -> float:
+    assert row.output_error is not None
+    return row.output_error
+
+
+def _difference(values: Sequence[float], digits: int) -> str:
+    """Return mean ± standard deviation; of a single value no deviation, and nothing of none."""
+    if not values:
+        return ""
+    average, deviation = spread_of(values)
+    return f"{average:+.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")

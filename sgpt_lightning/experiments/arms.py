@@ -44,7 +44,9 @@ class Arm:
             return {"round_to_nearest": self.round_bits}
         return {"recipe": asdict(self.recipe), "rule": None if self.rule is None else dict(self.rule.identity)}
 
-    def compress(self, model: nn.Module, batches: Batches, seed: int, blocks: int | None = None) -> dict:
+    def compress(
+        self, model: nn.Module, batches: Batches, seed: int, blocks: int | None = None
+    ) -> dict[str, SolvedLinear]:
         """Compress a model in place.
 
         Args:
@@ -54,7 +56,7 @@ class Arm:
             blocks: decoder blocks that are compressed, from the first; None compresses all.
 
         Returns:
-            What to store, `SolvedLinear` by full name.
+            What to store, by full name.
 
         Raises:
             ValueError: as `calibration.compress`.
@@ -66,10 +68,7 @@ class Arm:
             return round_to_nearest(linears, self.round_bits)
         ignore = (*self.recipe.ignore, *(f"{decoder.name(index)}.*" for index in left))
         with self._rule(seed):
-            solved: dict[str, SolvedLinear] = compress(
-                model, batches, replace(self.recipe, ignore=ignore), storage_dtype=torch.float16
-            )
-        return solved
+            return compress(model, batches, replace(self.recipe, ignore=ignore), storage_dtype=torch.float16)
 
     def solve(self, weight: Tensor, statistics: InputStatistics, seed: int) -> CompressedLinear:
         """Compress one matrix that has no bias and no model around it.

@@ -5,6 +5,7 @@ the fork's comparison asks for; the thresholds have no budget and take what they
 bits that `SparseGPT 50 % + 4 bit` needs for mask and codes, as near as two decimals.
 """
 
+import math
 import statistics
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def compare(setting: Setting, journal: Journal, quick: bool) -> StudyReport:
             lost = [run.perplexity[text] - dense for run in runs]
             bars[f"{name}: {mean(runs, lambda run: run.bits_per_weight):.2f} bits"] = (
                 statistics.fmean(lost),
-                (max(lost) - min(lost)) / 2,
+                (max(lost) - min(lost)) / 2 if len(lost) > 1 else math.nan,
             )
         return write_bars(bars, f"perplexity on {text} above the dense model's {dense:.2f}", path)
 

@@ -190,7 +190,7 @@ class _Bench:
         parts.append("measured before" if kept else f"{self._seconds[-1]:.1f} s")
         taken = self._seconds[2:] or self._seconds[1:]  # the dense model only has to be measured
         if self._done < self._total and taken:
-            parts.append(f"{format_duration(sum(taken) / len(taken) * (self._total - self._done))} left at most")
+            parts.append(f"about {format_duration(sum(taken) / len(taken) * (self._total - self._done))} left")
         return ", ".join(parts)
 
 

@@ -24,8 +24,18 @@ def test_the_peak_is_that_of_the_body_and_forgets_what_was_before_it():
     assert again - small < 50 * MIB
 
 
+def test_growth_is_what_came_on_top_of_what_was_held_before():
+    held = torch.ones(150 * MIB // 4)
+    with peak_memory("cpu") as peak:
+        assert peak.growth is None
+        torch.ones(200 * MIB // 4)
+    assert peak.growth == pytest.approx(200 * MIB, abs=20 * MIB)
+    assert peak.before > held.nbytes
+
+
 def test_where_the_system_does_not_tell_there_is_no_number(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PROCESS", tmp_path / "nothing")
     with peak_memory("cpu") as peak:
         pass
     assert peak.nbytes is None
+    assert peak.growth is None

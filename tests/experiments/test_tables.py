@@ -30,7 +30,7 @@ def outcome():
     rows = [
         row("dense", None, 10.0, seconds=0.0),
         row("base", 0, 20.0, peak_bytes=3_000_000),
-        row("other", 0, 21.0),
+        row("other", 0, 21.0, output_error=0.7),
         row("base", 1, 24.0, peak_bytes=5_000_000, file_bytes=8_000_000),
         row("other", 1, 23.0),
         Row("failed", "ours", 0, "k", error="ValueError: no"),
@@ -51,15 +51,16 @@ def test_the_table_shows_means_half_ranges_and_what_was_lost(outcome):
     ]  # fmt: skip
     assert dense[3] == "10.00"
     assert base == ["base", "3.00", "7.33", "22.00 ± 2.00 (+12.00)", "0.5000", "25.0%", "2", "5"]
-    assert other[3] == "23.00 ± 2.00 (+13.00)"
+    assert other[3:5] == ["23.00 ± 2.00 (+13.00)", "0.5667"]
 
 
 def test_differences_are_paired_by_seed_and_stand_beside_their_standard_deviation(outcome):
     head, _, base, other = cells(difference_table(outcome, ["base", "other", "failed"], "text"))
-    assert head[3] == "difference"
-    assert base[3] == ""
+    assert head[2:] == ["text", "difference", "output error", "difference"]
+    assert base[3] == base[5] == ""
     # 1, -1 and 3: mean 1, deviations 0, -2 and 2, variance 8 / 2
     assert other[3] == "+1.000 ± 2.000"
+    assert other[5] == "+0.06667 ± 0.11547"  # 0.2, 0 and 0: a mean of 1 / 15, variance 0.04 / 3
 
 
 def test_csv_and_json_hold_every_row_and_the_failure(outcome, tmp_path):
