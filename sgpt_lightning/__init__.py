@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.evaluation.evaluate import evaluate as evaluate
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
+    from sgpt_lightning.models.adapters import register_model as register_model
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import Recipe as Recipe
     from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
@@ -41,6 +42,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "load_compressed": "checkpoint.load",
     "load_model": "checkpoint.any_model",
+    "register_model": "models.adapters",
     "save_compressed": "checkpoint.save",
 }
 __all__ = list(_HOME)
