@@ -1,5 +1,6 @@
 """Tiny randomly initialized models of many families, made without touching the global generator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,3 +133,18 @@ def make_padded_batches(count: int) -> list[dict[str, Tensor]]:
         mask[0, -2 * index :] = 0
         batch["attention_mask"] = mask
     return batches
+
+
+BROKEN = "model.decoder.layers.1.fc1"
+"""The linear of `make_troubled` that cannot be solved."""
+
+
+def make_troubled(blocks: Sequence[int] = (1,), power: int = 75) -> PreTrainedModel:
+    """An OPT that computes what it would, though squares of what `fc1` receives are beyond float32."""
+    model = make_model("opt")
+    for index in blocks:
+        block = model.model.decoder.layers[index]
+        block.final_layer_norm.weight *= 2.0**power
+        block.final_layer_norm.bias *= 2.0**power
+        block.fc1.weight *= 2.0**-power
+    return model

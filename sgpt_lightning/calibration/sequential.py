@@ -78,7 +78,8 @@ class SequentialCalibration:
         """Solve the linears of block `epoch`."""
         self._count.check(epoch)
         self._replay.check()
-        self._collector.check()
+        if not self.plans.fallbacks.allowed:
+            self._collector.check()
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
@@ -87,7 +88,8 @@ class SequentialCalibration:
                 self._collector = self._watching(epoch, names)
                 for batch_index in range(len(self._inputs)):
                     self._collect(epoch, batch_index, last=position + 1 == len(groups))
-                self._collector.check()
+                if not self.plans.fallbacks.allowed:
+                    self._collector.check()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         check_stored(self.plans.linears(epoch), solved)
         self._dense_block = None

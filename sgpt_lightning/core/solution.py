@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid, dequantize_matrix
+from sgpt_lightning.core.hessian import DampStatus
+
+SolveStatus = Literal[DampStatus, "rounded"]
+"""How a linear came to what is stored: `ok`, with more damping (`damped`) or precision (`float64`) than was asked for,
+or not solved but `rounded` plainly, since it could not be solved and the recipe allowed that."""
 
 
 class SolveError(ValueError):
@@ -123,19 +129,21 @@ class CompressedLinear:
 
     solution: Solution
     relative_error: float | None
-    """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output."""
+    """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output; None where there
+    are no inputs to measure it on."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""
     damp_percent: float
-    """Damping used, a fraction of the mean Hessian diagonal."""
-    status: str
-    """`ok`, `damped` or `float64`, see `hessian.py`."""
+    """Damping used, a fraction of the mean Hessian diagonal; 0 where there is no Hessian."""
+    status: SolveStatus
     bias_shift: Tensor | None = None
     """What the bias takes over, float32 `[out_features]`; None if the bias stays."""
     allocation: str | None = None
     """How widths were dealt in the end: `uniform` also where it did better than what was asked for."""
     predicted_loss: float | None = None
     """What its error is predicted to add to the model's loss; None where no gradients were taken."""
+    failure: str | None = None
+    """Why it could not be solved, where it was rounded plainly instead."""
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""

@@ -49,7 +49,9 @@ def round_table(
         return Coded(codes, level, steps, rows), 8 * (coded_size(codes) + side)
 
     rate = bits / weight.numel()
-    octave = math.log2(float(scaled.square().mean().sqrt()) or 1.0) + GAUSSIAN_BITS - rate
+    # Squares below float32 are no zeros: their root is then as large as the largest entry, at most.
+    size = float(scaled.square().mean().sqrt()) or float(scaled.abs().max()) or 1.0
+    octave = math.log2(size) + GAUSSIAN_BITS - rate
     best, most = None, 0
     for _ in range(_MOST_TRIALS):
         tried, taken = coded(octave)
