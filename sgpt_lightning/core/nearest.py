@@ -77,7 +77,7 @@ def _quantized(survivors: Tensor, keep: Tensor | None, recipe: Recipe, name: str
     if kind == "zero-point":
         grid = fit_affine_grid(survivors, width, recipe.group_size)
     else:
-        alike = torch.ones(columns, device=survivors.device)
+        alike = torch.ones(columns, dtype=torch.float32, device=survivors.device)
         search = recipe.solve_parts.range_search
         grid = search_grid(kind, survivors, alike, widths, group_size=recipe.group_size, search=search)
     return Quantized(quantize_matrix(survivors, widths, grid), widths, grid, keep, recipe.n_m)

@@ -77,9 +77,10 @@ def power_of_two(index: Tensor, octave: int) -> Tensor:
         index: whole numbers, any integer dtype and shape.
         octave: positions per octave.
     """
-    fractions = torch.tensor([2.0 ** (-part / octave) for part in range(octave)], device=index.device)
+    fractions = [2.0 ** (-part / octave) for part in range(octave)]
+    table = torch.tensor(fractions, dtype=torch.float32, device=index.device)  # whatever the user's default dtype is
     whole = index.long()
-    return torch.ldexp(fractions[whole % octave], -(whole // octave))
+    return torch.ldexp(table[whole % octave], -(whole // octave))
 
 
 def octave_index(ratio: Tensor, octave: int) -> Tensor:

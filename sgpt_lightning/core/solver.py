@@ -273,6 +273,6 @@ def pose_dense(linear: LinearToSolve, inputs: InputStatistics | SharedInput, rec
         linear.weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damping, name=linear.name
     )
     columns = objective.input.act_ordered if parts.act_order else objective.input.natural
-    ones = torch.ones(linear.weight.shape[1], device=linear.weight.device)
+    ones = torch.ones(linear.weight.shape[1], dtype=torch.float32, device=linear.weight.device)
     assert linear.row_weights is not None
     return LinearProblem(objective, columns, recipe, ones, linear.row_weights.float(), linear.name)

@@ -45,7 +45,7 @@ def round_table(
 
     def coded(octave: float) -> tuple[Coded, int]:
         codes = (scaled / 2.0**octave).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
-        level = torch.full((1,), 2.0**octave, device=weight.device)
+        level = torch.full((1,), 2.0**octave, dtype=torch.float32, device=weight.device)
         return Coded(codes, level, steps, rows), 8 * (coded_size(codes) + side)
 
     rate = bits / weight.numel()

@@ -218,10 +218,17 @@ def status_line(manifest: Manifest) -> str:
     return ", ".join(parts) + ("; all as asked" if not odd else f"; not as asked: {', '.join(odd)}")
 
 
+def digest_lines(manifest: Manifest) -> str:
+    """Return the SHA-256 of the weight files, as `sha256sum` writes them: the same command gives the same on a CPU."""
+    return "\n".join(f"sha256 {manifest.files[name].sha256}  {name}" for name in manifest.weight_files)
+
+
 def run_tables(manifest: Manifest) -> str:
-    """Return what `sgpt fit` shows at its end: summary, plan, whether all went as asked, and whether it is of use."""
-    parts = [summary_table(manifest), plan_of_run(manifest), status_line(manifest), perplexity_alarm(manifest)]
-    return "\n\n".join(filter(None, parts))
+    """Return what `sgpt fit` shows at its end: summary, plan, whether all went as asked, digests, and any alarm."""
+    state = "\n".join(filter(None, [status_line(manifest), digest_lines(manifest)]))
+    return "\n\n".join(
+        filter(None, [summary_table(manifest), plan_of_run(manifest), state, perplexity_alarm(manifest)])
+    )
 
 
 def inspection(directory: Path, manifest: Manifest) -> str:
@@ -229,6 +236,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
     record = manifest.record
     embeddings = embedding_reports(manifest)
     settings = ", ".join(f"{key}={value}" for key, value in record.recipe.items())
+    protocols = [_protocol_line(name, protocol) for name, protocol in record.protocols.items()]
     parts = [
         f"{directory}: {record.model or 'model'} compressed by sgpt_lightning\nrecipe: {settings}",
         summary_table(manifest),
@@ -236,7 +244,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
         plan_of_run(manifest),
         linears_table(manifest),
         *([table_of_linears(embeddings, "embedding", details=True)] if embeddings else []),
-        "\n".join([status_line(manifest), *map(_protocol_line, record.protocols, record.protocols.values())]),
+        "\n".join([status_line(manifest), digest_lines(manifest), *protocols]),
         closing_line(manifest),
     ]
     return "\n\n".join(filter(None, parts))
