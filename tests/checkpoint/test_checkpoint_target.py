@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_checkpoint_crash import files_of, loaded_logits, save
 
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import check_compressed
 from sgpt_lightning.format.directory import MARKER, CheckpointError, check_target, find_directory, replacing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,7 +136,9 @@ def test_files_have_the_permissions_that_the_umask_asks_for(umask, expected, tmp
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
-    assert {"sgpt.safetensors", "sgpt_manifest.json", "config.json", "generation_config.json"} == set(modes)
+    assert {"README.md", "sgpt.safetensors", "sgpt_manifest.json", "config.json", "generation_config.json"} == set(
+        modes
+    )
     assert set(modes.values()) == {expected}
 
 
