@@ -33,7 +33,8 @@ STORED, IN_MEMORY = "weight_", "resident_"
 """How the names of buffers begin that are the file's, and those of `format/resident.py`."""
 
 
-MATVEC_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+QUICK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""dtypes that kernels unpack and multiply in."""
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -72,7 +73,8 @@ class Packed(nn.Module):
         if self.__dict__.get("_veiled"):
             return self._formed(torch.empty(self.spec.shape, dtype=self.compute_dtype, device="meta"))
         form = self.resident
-        matrix = unpack_weight(self.packed_weight) if form is None else form.weight()
+        rounded = self.compute_dtype if self.compute_dtype in QUICK_DTYPES else torch.float32
+        matrix = unpack_weight(self.packed_weight) if form is None else form.weight(rounded)
         return self._formed(matrix).to(self.compute_dtype).contiguous()
 
     def veil(self, veiled: bool) -> None:
@@ -107,7 +109,7 @@ class Packed(nn.Module):
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """Return the product with a few rows on a GPU, without the bias; None where it is to be taken otherwise."""
         form = self.resident
-        few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and x.dtype in MATVEC_DTYPES and not x.requires_grad
+        few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and x.dtype in QUICK_DTYPES and not x.requires_grad
         if form is None or not few or not on_gpu(x):
             return None
         return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

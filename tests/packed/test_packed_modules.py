@@ -89,7 +89,7 @@ def test_a_packed_table_looks_up_what_the_dense_one_does(reside, tokens):
 def test_a_resident_table_unpacks_the_rows_that_are_looked_up_and_no_others(monkeypatch):
     ours = replaced(nn.Embedding(50, 16), coded(50, 16), torch.zeros(50, 16))
     ours.reside()
-    monkeypatch.setattr("sgpt_lightning.format.resident.Resident.weight", lambda self: pytest.fail("all were unpacked"))
+    monkeypatch.setattr("sgpt_lightning.format.resident.Resident.weight", lambda *_: pytest.fail("all were unpacked"))
     assert ours(torch.tensor([[7, 7, 3]])).shape == (1, 3, 16)
 
 
