@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from sgpt_lightning.core.solution import SolveError
+from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.recipe import Recipe
 
 
@@ -20,9 +21,14 @@ class Fallbacks:
         self.allowed = recipe.on_failure == "round"
         """Whether a linear that cannot be solved is rounded plainly."""
         self.reasons: dict[str, str] = {}
-        """Why each was not solved, by name. A run that goes on from a checkpoint notes the earlier ones here."""
+        """Why each was not solved, by name."""
         self._linears = len(linears)
         self._share = recipe.max_rounded
+
+    def take_up(self, solved: Mapping[str, SolvedLinear]) -> None:
+        """Count those of an earlier part of the run, which it goes on from, by the status that is stored."""
+        rounded = [name for name, linear in solved.items() if linear.report.status == "rounded"]
+        self.reasons |= dict.fromkeys(rounded, "before the run was stopped")
 
     def add(self, name: str, reason: str) -> None:
         """Note one more, and warn of it.

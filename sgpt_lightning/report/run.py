@@ -6,6 +6,7 @@ Everything is derived from the manifest that was written with the model, so the 
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -103,7 +104,7 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
 
     The bits are true ones, of the linears in decoder blocks; `smaller` is the whole file against 16 bits for every
     parameter; perplexities are against the dense model's, each with the name of its data set if there are several.
-    Linears that were rounded plainly are counted, and a perplexity that `perplexity_alarm` tells of is told of.
+    Linears that were not solved as asked for are counted, and a perplexity that `perplexity_alarm` tells of is told of.
 
     Args:
         manifest: of the compressed model.
@@ -120,9 +121,11 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
         f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger",
         *([f"perplexity {shown}"] if shown else []),
     ]
-    rounded = sum(linear.status == "rounded" for linear in linear_reports(manifest))
-    if rounded:
-        parts.append(f"{rounded} of {len(manifest.linears)} linears rounded plainly")
+    statuses = Counter(linear.status for linear in linear_reports(manifest))
+    rounded, damped = statuses["rounded"], statuses["damped"] + statuses["float64"]
+    of_all = f"of {statuses.total()} linears"
+    parts += [f"{damped} {of_all} with more damping or precision than asked for"] if damped else []
+    parts += [f"{rounded} {of_all} rounded plainly"] if rounded else []
     return "; ".join(filter(None, [", ".join(parts), perplexity_alarm(manifest, measured)]))
 
 

@@ -6,6 +6,7 @@ from models_for_tests import BROKEN, make_batches, make_model, make_tokens, make
 
 from sgpt_lightning.calibration import solving
 from sgpt_lightning.calibration.compress import compress
+from sgpt_lightning.calibration.fallbacks import Fallbacks
 from sgpt_lightning.calibration.solving import mean_error
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
@@ -83,6 +84,20 @@ def test_more_than_the_set_share_fails_the_run_naming_them(share, allowed):
     )
     with pytest.warns(UserWarning, match="rounded plainly"), pytest.raises(SolveError, match=message):
         compress(model, make_batches(2), recipe)
+
+
+def test_those_of_the_part_before_a_run_was_stopped_count_too():
+    recipe = Recipe(preset="gptq", on_failure="round")
+    with pytest.warns(UserWarning, match="rounded plainly"):
+        solved = compress(make_troubled(), make_batches(2), recipe)
+    later = Fallbacks(recipe, solved.keys())
+    later.take_up(solved)
+    assert list(later.reasons) == [BROKEN]
+    with (
+        pytest.warns(UserWarning, match="fc2 is rounded plainly"),
+        pytest.raises(SolveError, match=rf"2 of 12 linears cannot be solved.*{BROKEN} \(before.*fc2 \(overflow\)"),
+    ):
+        later.add(BROKEN.replace("fc1", "fc2"), "overflow")
 
 
 @pytest.mark.parametrize("mode", MODES)
