@@ -127,6 +127,17 @@ def count_tokens(trainer: Trainer) -> TokenCounts:
     return counts
 
 
+def validate_now(trainer: Trainer) -> None:
+    """Run the Trainer's validation loop in the middle of a fit, if there is anything to validate on."""
+    if trainer.enable_validation:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        trainer.validating = True
+        loop.setup_data()
+        if not loop.skip:
+            loop.run()
+        trainer.training = True
+
+
 def warn_of_few_tokens(tokens: int, linears: Mapping[str, nn.Module]) -> None:
     """Warn where there are fewer calibration tokens than a linear has inputs."""
     widest = max(linears, key=lambda name: weight_matrix(linears[name]).shape[1])
