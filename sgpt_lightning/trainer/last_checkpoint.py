@@ -77,7 +77,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._keep(trainer)
         if self.kept:
             path = str(self.path(trainer))
-            exception.add_note(f"what was solved up to {self.label} is kept: fit(..., ckpt_path={path!r}) goes on")
+            exception.add_note(f"all up to {self.label} is kept: fit(..., ckpt_path={path!r}) goes on from there")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say in the file that the run is complete."""

@@ -21,15 +21,14 @@ from sgpt_lightning.trainer.module import CausalLMModule
 
 
 class IncompleteRunError(RuntimeError):
-    """A run that ended before all linears were solved; nothing was written."""
+    """A run that ended before all linears were solved; no model was written."""
 
     @classmethod
     def after(cls, done: int, planned: int, linears: int, target: Path) -> "IncompleteRunError":
         """Say how many epochs were done and linears solved, and where nothing was written."""
         return cls(
-            f"the run ended after {done} of {planned} epochs, {linears} linears solved: the model is not "
-            f"compressed and nothing was written to {target}. Look for trainer.max_time, "
-            "limit_train_batches or a callback that stops the run"
+            f"the run ended after {done} of {planned} epochs, {linears} linears solved, and nothing was written to "
+            f"{target}: trainer.max_time or a callback stopped it, or there was no batch"
         )
 
 
