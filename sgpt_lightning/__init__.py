@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
+    from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint as LastCheckpoint
     from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
 _HOME = {
     "CausalLMModule": "trainer.module",
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
+    "LastCheckpoint": "trainer.last_checkpoint",
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",

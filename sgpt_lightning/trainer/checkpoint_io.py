@@ -32,8 +32,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -42,6 +42,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a disk that is full
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+            if not isinstance(error.__context__, Exception | None):
+                raise error.__context__ from None  # or of an interrupt
             raise OSError(f"the checkpoint {path} was not written ({error})") from error
 
     def load_checkpoint(
@@ -55,7 +57,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, map_location or "cpu", weights_only)  # type: ignore[arg-type]
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else error!r})"
             ) from error
