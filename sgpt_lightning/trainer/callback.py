@@ -272,9 +272,8 @@ class SparseGPTCallback(Callback):
         """Return the run; raises IncompleteRunError unless every stage ran to its end."""
         assert self._run is not None
         if not self._run.solves_all:
-            raise IncompleteRunError.after(
-                self.state.finished, self._run.stages, len(self.solved), self.target(trainer)
-            )
+            done, planned, kept = self.state.finished, self._run.stages, bool(trainer.checkpoint_callbacks)
+            raise IncompleteRunError.after(done, planned, len(self.solved), self.target(trainer), kept=kept)
         return self._run
 
     def _show(self, run: Run, pl_module: LightningModule) -> None:

@@ -89,8 +89,7 @@ class SGPTCli(LightningCLI):
                 parser_kwargs={command: {"usage": usage} for command, usage in USAGE.items()},
             )
         except BaseException as error:
-            stopped_itself = isinstance(error, IncompleteRunError)  # and has said what was not written
-            error.add_note(self._what_is_kept() if stopped_itself else self._what_is_left())
+            error.add_note(self._what_is_left())
             raise
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -214,10 +213,11 @@ def run() -> None:
         SGPTCli()
     except MisconfigurationException as error:
         raise ValueError(f"trainer cannot be set up like this: {error}") from error
-    except IncompleteRunError as error:
-        raise ValueError("; ".join([str(error), *error.__notes__[-1:]])) from error
-    except (SafetensorError, torch.OutOfMemoryError) as error:
-        raise ValueError(str(error)) from error
+    except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError) as error:
+        wrong = ValueError(str(error))
+        for note in error.__notes__:
+            wrong.add_note(note)
+        raise wrong from error
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

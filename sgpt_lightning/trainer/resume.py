@@ -9,6 +9,7 @@ read by torch's loading of weights only, and a setting that a command line has r
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.records import LinearReport, SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
 from sgpt_lightning.models.identity import config_digest, weights_digest
+from sgpt_lightning.report.run import versions
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.protocols import text_protocols
 
@@ -38,6 +40,8 @@ class RunState:
 
     settings: Mapping[str, Any]
     """What must not change until the run is complete, plain JSON values by name; see `run_settings`."""
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the last bits of a result, by name; see `run_place`."""
     finished: int = 0
     """Stages that have ended."""
     label: str = ""
@@ -73,7 +77,7 @@ class RunState:
         if self.target is not None:
             return {"version": VERSION, "record": json.dumps({"target": self.target})}
         stored = {**self.embeddings, **self.solved}
-        plain = ("settings", "finished", "label", "text", "perplexity", "seconds", "block_seconds", "error")
+        plain = ("settings", "place", "finished", "label", "text", "perplexity", "seconds", "block_seconds", "error")
         record: dict[str, Any] = {name: getattr(self, name) for name in plain}
         record |= {
             "stored": {n: {"spec": s.packed.spec.to_dict(), "report": s.report.to_dict()} for n, s in stored.items()},
@@ -187,14 +191,23 @@ def run_settings(trainer: Trainer, pl_module: CausalLMModule, own: Mapping[str, 
     return json.loads(json.dumps(kept))
 
 
+def run_place(trainer: Trainer) -> dict[str, Any]:
+    """Return what may change, though not without changing the last bits of a result: kind of device, versions."""
+    device = trainer.strategy.root_device.type
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+    return {"device": device, **threads, **versions()}
+
+
 def begin(trainer: Trainer, settings: Mapping[str, Any], resumed: RunState | None) -> RunState:
     """Return the state with which a run of these settings begins, or goes on from the Trainer's checkpoint.
+
+    Warns if it goes on in another place: its files may differ from those of a run that was not stopped.
 
     Raises:
         ValueError: there is a checkpoint, but no state in it, or of a run that is complete, or that had other settings.
     """
     if trainer.ckpt_path is None:
-        return RunState(settings)
+        return RunState(settings, run_place(trainer))
     if resumed is None:
         raise ValueError(f"{trainer.ckpt_path} {_NO_STATE}")
     if resumed.target is not None:
@@ -203,8 +216,18 @@ def begin(trainer: Trainer, settings: Mapping[str, Any], resumed: RunState | Non
             "ckpt_path out to begin another"
         )
     check_same(resumed.settings, settings, str(trainer.ckpt_path))
-    # Before the first stage has ended nothing says on which batches embeddings were coded.
-    return resumed if resumed.finished else RunState(settings, perplexity=resumed.perplexity, seconds=resumed.seconds)
+    place = run_place(trainer)
+    if not resumed.finished:  # then nothing says on which batches embeddings were coded
+        return RunState(settings, place, perplexity=resumed.perplexity, seconds=resumed.seconds)
+    changed = [f"{name} was {resumed.place.get(name)}, is {value}" for name, value in place.items()]
+    changed = [text for text, name in zip(changed, place, strict=True) if resumed.place.get(name) != place[name]]
+    if changed:
+        warnings.warn(
+            f"the run goes on in another place than it was begun in ({', '.join(changed)}): its files may differ in "
+            "their last bits from those of a run that was not stopped",
+            stacklevel=2,
+        )
+    return resumed
 
 
 def check_same(was: Mapping[str, Any], now: Mapping[str, Any], path: str) -> None:
@@ -258,5 +281,5 @@ def pass_epochs(trainer: Trainer, epochs: int, text: Mapping[str, Any]) -> None:
     if epochs:
         steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         for progress, number in ((trainer.fit_loop.epoch_progress, epochs), (steps, epochs * text["batches"])):
-            progress.total.increment_by(number)
-            progress.current.increment_by(number)
+            for counts in (progress.total, progress.current):
+                counts.load_state_dict({name: count + number for name, count in counts.state_dict().items()})

@@ -24,11 +24,12 @@ class IncompleteRunError(RuntimeError):
     """A run that ended before all linears were solved; no model was written."""
 
     @classmethod
-    def after(cls, done: int, planned: int, linears: int, target: Path) -> "IncompleteRunError":
-        """Say how many epochs were done and linears solved, and where nothing was written."""
+    def after(cls, done: int, planned: int, linears: int, target: Path, *, kept: bool) -> "IncompleteRunError":
+        """Say how many epochs were done and linears solved, where nothing was written, and whether all that is lost."""
+        lost = "" if kept or not linears else ". They are lost: a LastCheckpoint among the callbacks keeps them"
         return cls(
             f"the run ended after {done} of {planned} epochs, {linears} linears solved, and nothing was written to "
-            f"{target}: trainer.max_time or a callback stopped it, or there was no batch"
+            f"{target}: trainer.max_time or a callback stopped it, or there was no batch{lost}"
         )
 
 

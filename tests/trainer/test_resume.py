@@ -239,6 +239,13 @@ def test_another_setting_model_or_text_is_refused_by_name(stopped, tmp_path, cha
     assert path.read_bytes() == before
 
 
+def test_another_place_is_warned_of_and_the_run_goes_on(stopped, tmp_path, monkeypatch):
+    monkeypatch.setattr("sgpt_lightning.trainer.resume.versions", lambda: {"torch": "9.9"})
+    with pytest.warns(UserWarning, match=rf"another place .*\(torch was {re.escape(torch.__version__)}, is 9.9\)"):
+        fit(tmp_path, PRUNED, ckpt_path=stopped[0] / "checkpoints/last.ckpt")
+    load_compressed(tmp_path / "model")
+
+
 def test_a_checkpoint_of_something_else_or_a_part_of_one_is_refused_by_name(stopped, tmp_path):
     kept = torch.load(stopped[0] / "checkpoints/last.ckpt", weights_only=True)
     path = tmp_path / "other.ckpt"
@@ -331,7 +338,7 @@ def test_the_readmes_command_is_stopped_goes_on_and_is_complete(readme_runs, two
         complete = run_main(*command, status=2).err
     assert "sgpt: warning: ckpt_path='last': there is no checkpoint yet, the run begins anew\n" in begun
     again = shlex.join(["sgpt", *(part for part in command if part not in ("--ckpt_path", "last"))])
-    assert f"all up to block 1 of 2 is kept, and `{again} --ckpt_path last` goes on from there\n" in begun
+    assert f"all up to block 1 of 2 is kept, and `{again} --ckpt_path last` goes on from there; " in begun
     assert "going on with block 2 of 2, from runs/demo/checkpoints/last.ckpt\n" in went_on.err
     assert "block 1 of 2" not in went_on.err
     assert "is complete, and its model was written to runs/demo/lightning_logs/version_1/compressed" in complete
