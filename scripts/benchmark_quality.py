@@ -8,7 +8,9 @@
 Every row starts from the dense model again. Rivals are round-to-nearest, GPTQ (per row and in groups of 128) and
 SparseGPT with the published settings (blocks of 128 columns, 1 % damping, per-row min-max grids, no reordering, blocks
 in order), and the fixed-threshold mix of 2, 4 and 8 bits that this project's idea started from. Bits per weight and
-file bytes are those of the packed tensors. With several seeds, each draws its own calibration windows.
+file bytes are those of the packed tensors. Peak memory is that of the compression alone, the dense model and the one
+that is compressed included: of tensors on a GPU, of the whole process on the CPU. With several seeds, each draws its
+own calibration windows.
 
 Needs neither Lightning nor datasets, so it runs on a bare GPU machine. The README's figure is drawn from its table:
 
@@ -38,6 +40,7 @@ from sgpt_lightning.core import rounding
 from sgpt_lightning.core.grids import fit_affine_grid, quantize_matrix
 from sgpt_lightning.core.solution import CompressedLinear, Quantized
 from sgpt_lightning.evaluation.evaluate import evaluate
+from sgpt_lightning.evaluation.peak_memory import peak_memory
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
 from sgpt_lightning.models.blocks import find_decoder_blocks
@@ -171,22 +174,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(row: Row, dense: nn.Module, batches: Batches, texts: dict[str, Tensor]) -> dict[str, Any]:
-    model = copy.deepcopy(dense)
-    started = time.perf_counter()
-    solved = row.run(model, batches)
-    if texts and next(iter(texts.values())).is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    model, device = copy.deepcopy(dense), batches[0]["input_ids"].device
+    with peak_memory(device) as peak:
+        started = time.perf_counter()
+        solved = row.run(model, batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as directory:
         ledger = save_compressed(f"{directory}/model", model, solved, storage_dtype=torch.float16).ledger
-    stored = {"bits_per_weight": ledger.linear_bits_per_weight, "file_bytes": ledger.file, "seconds": seconds}
-    return stored | _perplexities(model, texts)
+    stored = {"bits_per_weight": ledger.linear_bits_per_weight, "file_bytes": ledger.file}
+    return stored | {"seconds": seconds, "peak_bytes": peak.nbytes} | _perplexities(model, texts)
 
 
 def _dense_row(dense: nn.Module, texts: dict[str, Tensor]) -> dict[str, Any]:
     size = 2 * sum(parameter.numel() for parameter in dense.parameters())
     row = {"method": "dense", "family": "dense", "seed": None, "bits_per_weight": 16.0, "file_bytes": size}
-    return row | {"seconds": 0.0} | _perplexities(dense, texts)
+    return row | {"seconds": 0.0, "peak_bytes": None} | _perplexities(dense, texts)
 
 
 def _perplexities(model: nn.Module, texts: dict[str, Tensor]) -> dict[str, float]:
@@ -237,8 +241,9 @@ def table(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> str:
             cells.append(
                 f"{statistics.fmean(values):.2f}{spread}" + (f" (+{lost:.2f})" if runs[0] is not dense else "")
             )
-        rows.append((*cells, f"{_mean(runs, 'seconds'):.0f}"))
-    return format_table(("method", "bits/weight", "file, MB", *texts, "seconds"), rows)
+        peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
+        rows.append((*cells, f"{_mean(runs, 'seconds'):.0f}", f"{max(peaks) / 1e6:.0f}" if peaks else "-"))
+    return format_table(("method", "bits/weight", "file, MB", *texts, "seconds", "peak, MB"), rows)
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:

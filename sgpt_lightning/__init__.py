@@ -1,11 +1,14 @@
 """One-shot pruning and mixed-width quantization of causal language models inside PyTorch Lightning.
 
-Importing the package loads nothing; each name is fetched from its module when it is first used, so the tensor core
+Importing the package loads nothing and makes our directories known to transformers, for `from_pretrained`, as soon as
+it is loaded itself; each name is fetched from its module when it is first used, so the tensor core
 works where Lightning, datasets or jsonargparse are missing. A type checker sees the plain imports.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from sgpt_lightning.hf.registration import register
 
 if TYPE_CHECKING:
     from sgpt_lightning.calibration.compress import compress as compress
@@ -46,6 +49,8 @@ _HOME = {
     "save_compressed": "checkpoint.save",
 }
 __all__ = list(_HOME)
+
+register()
 
 if not TYPE_CHECKING:  # a checker that sees it takes every name, misspelt ones too, for Any
 

@@ -45,7 +45,7 @@ def inspect(arguments: Sequence[str]) -> None:
     parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
     parser.add_argument("--json", action="store_true", help="print the content of report.json instead of tables")
     options = parser.parse_args(list(arguments))
-    from sgpt_lightning.checkpoint.load import check_compressed
+    from sgpt_lightning.checkpoint.reading import check_compressed
     from sgpt_lightning.report.run import inspection, report_dict
 
     manifest = check_compressed(options.directory)

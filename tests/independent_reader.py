@@ -1,6 +1,7 @@
-"""A second reader of the file format, version 5, in numpy: written from the description in `format/packing.py`.
+"""A second reader of the file format, version 6, in numpy: written from the description in `format/packing.py`.
 
-Files and checksums are those of the descriptions in `checkpoint/save.py` and `format/manifest.py`, bits within bytes
+Files and checksums are those of the descriptions in `checkpoint/save.py`, `format/description.py` and
+`format/manifest.py`, bits within bytes
 those of `format/bits.py`'s drawing. Nothing of the package is imported, so that a reader and a writer who are wrong in
 the same way are found out.
 """
@@ -23,7 +24,9 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 5)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 6)
+    described = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert (described["quant_method"], described["format_version"]) == ("sgpt", 6)
     assert manifest.pop("sha256") == _checksum(manifest)
     tensors: dict[str, Array] = {}
     for file, entry in manifest["files"].items():
@@ -31,12 +34,10 @@ def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
         if file.startswith("sgpt") and file.endswith(".safetensors"):
             tensors |= load_file(directory / file)
-    for name, entry in (manifest["linears"] | manifest["embeddings"]).items():
+    for name, spec in described["packed"].items():
         parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.weight_")}
-        tensors[f"{name}.weight"] = _weight(
-            entry["spec"], {key.rpartition(".")[2]: part for key, part in parts.items()}
-        )
-    tensors |= {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+        tensors[f"{name}.weight"] = _weight(spec, {key.rpartition(".")[2]: part for key, part in parts.items()})
+    tensors |= {alias: tensors[name] for alias, name in described["aliases"].items()}
     return tensors, set(manifest["linears"])
 
 

@@ -15,8 +15,8 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "checkpoint",
-    "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
+    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "packed",
+    "checkpoint", "hf", "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -24,6 +24,8 @@ FORBIDDEN = (
     ("core", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "safetensors"}),
     ("format", {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics", "sgpt_lightning.core.solver"}),
     ("models", {"lightning", "safetensors"}),
+    ("packed", {"lightning", "transformers", "safetensors"}),
+    ("hf", {"lightning", "sgpt_lightning.core.solver"}),
     ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),

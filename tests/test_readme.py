@@ -8,14 +8,20 @@ import shutil
 import subprocess
 
 import pytest
+from models_for_tests import make_model
 from readme_runs import README, ROOT, blocks, cut_down
+
+from sgpt_lightning.models.names import load_tokenizer
 
 
 def script(name):
     return runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+ALONE = [number for number, block in enumerate(blocks("python")) if "runs/small" not in block]
+
+
+@pytest.mark.parametrize("number", ALONE)
 def test_a_python_block_runs_as_it_stands(number, two_blocks, tmp_path, monkeypatch):
     (tmp_path / "block.py").write_text(blocks("python")[number])
     monkeypatch.chdir(tmp_path)
@@ -30,6 +36,19 @@ def test_the_commands_run_in_order_and_fill_the_directory_they_name(readme_runs)
     assert (directory / "runs" / "small" / "sgpt_manifest.json").is_file()
     for name in ("demo", "fixed-widths"):
         assert len(list((directory / "runs" / name).glob("lightning_logs/*/report.json"))) == 1
+
+
+def test_what_the_commands_wrote_is_loaded_anywhere_and_written_again(readme_runs, monkeypatch, capsys):
+    directory, _ = readme_runs
+    (block,) = [block for block in blocks("python") if "runs/small" in block]
+    monkeypatch.chdir(directory)
+    (directory / "block.py").write_text(block)
+    runpy.run_path("block.py", run_name="__main__")
+    assert "The with statement" in capsys.readouterr().out
+    small, copy = ({p.name: p.read_bytes() for p in (directory / "runs" / n).iterdir()} for n in ("small", "copy"))
+    assert len(small) > 4
+    assert {name: small[name] for name in copy} == copy
+    assert {"sgpt.safetensors", "config.json", "sgpt_manifest.json", "tokenizer.json"} <= set(copy)
 
 
 def make(target):
@@ -62,6 +81,28 @@ def test_the_benchmark_of_the_table_runs(tmp_path, capsys):
     assert values["dense", ""] < min(values["GPTQ 4 bit", seed] for seed in "01") < values["RTN 3 bit", "0"]
     assert len(json.loads(output.read_text())["rows"]) == 5
     assert figure.read_bytes()[:4] == b"\x89PNG"
+    # more than the two models that are held, of 8.5 million float32 parameters each, and less than a CI machine has
+    peaks = {row["method"]: row["peak_bytes"] for row in measured}
+    assert peaks.pop("dense") == ""
+    assert all(2 * 4 * 8.5e6 < float(peak) < 8e9 for peak in peaks.values())
+    assert [row.split("|")[-2].strip() for row in rows[:2]] == ["peak, MB", "-"]
+
+
+def test_the_benchmark_runs_on_a_model_without_biases(tmp_path, capsys):
+    tokenizer = load_tokenizer("opt-mini")
+    tokenizer.save_pretrained(tmp_path)
+    make_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("One shoe, two shoes, and a boot that was lost in the snow. " * 40)
+    rows = {"SparseGPT 2:4 + 4 bit": 2.75, "best, 2:4 + mean 4 bit": 2.75, "best, dense 3 bit": 3}
+    sizes = ["--seq_len", "32", "--samples", "2", "--eval_windows", "1", "--device", "cpu"]
+    options = ["--model", str(tmp_path), "--calibration", str(text), "--evaluation", str(text)]
+    script("benchmark_quality")["main"]([*options, *sizes, "--only", *rows])
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    bits = {cells[1].strip(): float(cells[2]) for cells in table}
+    # mask and codes, and what a row stores besides: one bit a weight, and for its width a tenth, where it has 32 inputs
+    assert all(least < bits.pop(name) < least + 1.1 for name, least in rows.items())
+    assert not bits
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_layers_of_a_scripts_own_loop_are_stored_and_read_back_to_the_same_logit
         solver.fasterprune(**CODED, target_avg_bits=4.0)
         solved[name] = SolvedLinear(pack_weight(solver.compressed.solution), solver.report)
     manifest = save_compressed(tmp_path / "out", model, solved, storage_dtype=torch.float16)
-    assert {entry["spec"]["layout"] for entry in manifest.linears.values()} == {"coded"}
+    assert {report["layout"] for report in manifest.linears.values()} == {"coded"}
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(load_compressed(tmp_path / "out")(ids).logits, model(ids).logits)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.format.description import Residence
 from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.names import find_model, resolve_model
@@ -37,13 +38,20 @@ def load_dense(name: str, **options: Any) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def load_model(path: str, dtype: torch.dtype | None = None, attn_implementation: str | None = None) -> nn.Module:
+def load_model(
+    path: str,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    resident: Residence = "dense",
+) -> nn.Module:
     """Load a dense or compressed model on the CPU, frozen and in eval mode.
 
     Args:
         path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
         dtype: compute dtype; None takes float32, for a compressed directory the one that it was evaluated in.
         attn_implementation: as in transformers; None takes the model's own, or the one that it was evaluated with.
+        resident: how packed weights of a compressed directory live in memory, see `load_compressed`; a dense model has
+            none.
 
     Raises:
         ValueError: a path that does not exist, or damaged files.
@@ -51,5 +59,7 @@ def load_model(path: str, dtype: torch.dtype | None = None, attn_implementation:
     """
     directory = Path(resolve_model(path)).expanduser()
     if is_compressed_dir(directory):
-        return load_compressed(directory, dtype=dtype, attn_implementation=attn_implementation).requires_grad_(False)
+        return load_compressed(
+            directory, dtype=dtype, attn_implementation=attn_implementation, resident=resident
+        ).requires_grad_(False)
     return load_dense(path, dtype=dtype or torch.float32, attn_implementation=attn_implementation)

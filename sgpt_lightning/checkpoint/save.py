@@ -1,18 +1,17 @@
 """A compressed model on disk: written beside, checked, renamed; read back to the same logits.
 
-A directory holds `config.json` (with a `quantization_config` that names this format and its version),
-`sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
+A directory holds `config.json`, whose `quantization_config` names this format and its version and says what a reader
+needs (`format/description.py`: a specification per packed weight, aliases of tied tensors, how the model was
+evaluated), `sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
 `generation_config.json`, and the tokenizer's files. Which tensors there are is written down in `contents.py`. The
-manifest holds what a reader needs (one weight specification per packed weight, aliases of tied tensors, sizes and
-SHA-256 of all other files, and of itself, see `format/manifest.py`), and what a person wants to know (recipe, report
-per linear and embedding, ledger, perplexities with their protocols).
+manifest holds sizes and SHA-256 of all other files, and of itself (`format/manifest.py`), and what a person wants to
+know (recipe, report per linear and embedding, ledger, perplexities with their protocols).
 
-transformers does not know the format: it would make up the linears at random. So there is no `model.safetensors`,
-and `transformers_weights` in `config.json`, where it looks for the name of the weights, says what to do instead.
+Where sgpt_lightning is not imported, transformers does not know the format: it would make up the linears at random. So
+there is no `model.safetensors`, and `transformers_weights` in `config.json`, where it looks for the name of the
+weights, says what to do instead. `resident` is there to be overridden, by `from_pretrained(..., resident="coded")`.
 
-Reading is `load.py`'s, replacing a directory `format/directory.py`'s.
-
-Left out: registration with transformers, so that `from_pretrained` reads the directory by itself.
+Reading is `reading.py`'s and `load.py`'s, replacing a directory `format/directory.py`'s.
 """
 
 import json
@@ -28,28 +27,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.contents import contents
-from sgpt_lightning.format.directory import (
-    FORMAT,
-    MARKER,
-    check_target,
-    replacing,
-)
-from sgpt_lightning.format.ledger import Ledger
-from sgpt_lightning.format.manifest import (
+from sgpt_lightning.format.description import (
     CONFIG,
-    FORMAT_VERSION,
     GENERATION_CONFIG,
+    RESIDENT,
+    SHARD_INDEX,
     WEIGHT_FILE,
-    FileEntry,
-    Manifest,
+    WEIGHTS,
+    Description,
 )
+from sgpt_lightning.format.directory import MARKER, check_target, replacing
+from sgpt_lightning.format.ledger import Ledger
+from sgpt_lightning.format.manifest import FileEntry, Manifest
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import weight_matrix
 
-SHARD_INDEX = "sgpt.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
-NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory, with sgpt_lightning.load_compressed(directory)"
+NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory: import sgpt_lightning first, then load it again"
 """Where transformers looks for the name of the weights; it stops there and shows this text."""
 
 
@@ -81,15 +76,22 @@ def save_compressed(
     linears = find_decoder_blocks(model).linears()
     tensors, aliases = contents(model, solved, storage_dtype)
     with replacing(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:
-        _write_config(partial, model, tokenizer)
-        _write_weights(partial, tensors)
-        manifest = Manifest(
+        description = Description(
+            weights=write_weights(partial, tensors, MAX_SHARD_SIZE),
             compute_dtype=_dtype_name(next(model.parameters()).dtype),
-            storage_dtype=_dtype_name(storage_dtype),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
+            packed={name: linear.packed.spec for name, linear in solved.items()},
             aliases=aliases,
-            linears={name: _entry(linear) for name, linear in solved.items() if name in linears},
-            embeddings={name: _entry(table) for name, table in solved.items() if name not in linears},
+        )
+        (partial / CONFIG).write_text(config_text(model.config, description))
+        if getattr(model, "generation_config", None) is not None:
+            (partial / GENERATION_CONFIG).write_text(generation_text(model.generation_config))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        manifest = Manifest(
+            storage_dtype=_dtype_name(storage_dtype),
+            linears={name: linear.report.to_dict() for name, linear in solved.items() if name in linears},
+            embeddings={name: table.report.to_dict() for name, table in solved.items() if name not in linears},
             ledger=_ledger(partial, model, tensors, solved),
             files={name: FileEntry.of(partial / name) for name in _files(partial)},
             run=dict(run or {}),
@@ -128,31 +130,39 @@ def save_or_rescue(
         raise
 
 
-def _write_config(directory: Path, model: Any, tokenizer: Any) -> None:
-    config = json.loads(model.config.to_json_string()) | {
-        "quantization_config": {"quant_method": FORMAT, "format_version": FORMAT_VERSION},
+def config_text(config: Any, description: Description) -> str:
+    """Return the content of `config.json`, for a model's config (of which keys of ours are replaced)."""
+    content = json.loads(config.to_json_string()) | {
+        "quantization_config": description.to_dict(),
+        "resident": RESIDENT,
         "transformers_weights": NO_PLAIN_WEIGHTS,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if getattr(model, "generation_config", None) is not None:
-        # Not save_pretrained, which refuses settings that published models have (a temperature without sampling).
-        (directory / GENERATION_CONFIG).write_text(model.generation_config.to_json_string())
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def _write_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
+def generation_text(generation_config: Any) -> str:
+    """Return the content of `generation_config.json`.
+
+    Not by save_pretrained, which refuses settings that published models have (a temperature without sampling).
+    """
+    return generation_config.to_json_string()
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> str:
+    """Write tensors to one file, or past a size to several and an index; return the name of the file or the index."""
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="sgpt{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+        dict(tensors), filename_pattern="sgpt{suffix}.safetensors", max_shard_size=max_shard_size
     )
     try:
         for filename, names in split.filename_to_tensors.items():
             save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{filename} was not written ({error})") from error
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / SHARD_INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    if not split.is_sharded:
+        return WEIGHTS[0]
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / SHARD_INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    return SHARD_INDEX
 
 
 def _files(directory: Path) -> list[str]:
@@ -163,10 +173,6 @@ def _files(directory: Path) -> list[str]:
 
 def _weight_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if WEIGHT_FILE.fullmatch(path.name))
-
-
-def _entry(solved: SolvedLinear) -> dict[str, Any]:
-    return {"spec": solved.packed.spec.to_dict(), "report": solved.report.to_dict()}
 
 
 def _ledger(

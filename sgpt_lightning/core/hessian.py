@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sgpt_lightning.guards import exact_float32
+
 DampStatus = Literal["ok", "damped", "float64"]
 MAX_DAMP_PERCENT = 1.0
 
@@ -48,6 +50,7 @@ class InverseFactor(NamedTuple):
         return _damped(hessian, self.dead, self.damp_percent)
 
 
+@exact_float32()
 def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") -> InverseFactor:
     """Factor the inverse of a damped Hessian.
 
@@ -89,7 +92,26 @@ def _factor(matrix: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info) != 0:
         return None
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(matrix), dtype=upper.dtype, device=upper.device)
-    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    factor = _inverse_of_upper(lower.flip(0, 1))
     return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def _inverse_of_upper(upper: Tensor) -> Tensor:
+    """Invert an upper triangular matrix: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]], in turn.
+
+    Solving for the identity costs three times as much: 36 ms instead of 13 for 1,024 inputs of opt-mini on one core,
+    216 instead of 79 for 2,048 of opt-small; the errors against float64 are 6e-8 and 1.3e-7.
+    """
+    size = len(upper)
+    if size <= _SOLVED_AT_ONCE:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    first, last = _inverse_of_upper(upper[:half, :half]), _inverse_of_upper(upper[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = (first @ upper[:half, half:] @ last).neg_()
+    return inverse
+
+
+_SOLVED_AT_ONCE = 256

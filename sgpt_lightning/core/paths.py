@@ -38,6 +38,9 @@ class Family(NamedTuple):
 COLUMNS = Family("columns", "the column loops run", "plain torch")
 DECODE = Family("decode", "codes are decoded", "numpy on the CPU")
 ENCODE = Family("encode", "codes are encoded", "numpy on the CPU")
+MATVEC = Family("matvec", "packed weights are multiplied", "plain torch, whole matrix by whole matrix,")
+MASKED = Family("masked", "masked weights are multiplied and unpacked", "plain torch")
+UNPACK = Family("unpack", "packed weights are unpacked", "plain torch")
 
 
 class TileLoops(NamedTuple):
@@ -110,6 +113,18 @@ def _import(family: Family) -> ModuleType:
         import sgpt_lightning.kernels.encode as encode
 
         return encode
+    if family is MATVEC:
+        import sgpt_lightning.kernels.matvec as matvec
+
+        return matvec
+    if family is MASKED:
+        import sgpt_lightning.kernels.masked as masked
+
+        return masked
+    if family is UNPACK:
+        import sgpt_lightning.kernels.unpack as unpack
+
+        return unpack
     import sgpt_lightning.kernels.columns as columns
 
     return columns

@@ -1,7 +1,7 @@
 """What the linears that receive one input share, made once and on first use: q, k and v have one Hessian to factor.
 
 Everything here depends on the input alone, for a way to centre and to damp it: the Hessian around the mean, the factor
-of its inverse, the order of the columns and the factor in that order, the spectrum that the mask's search works in.
+of its inverse, the order of the columns and the factor in that order.
 """
 
 from functools import cached_property
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.core.hessian import InverseFactor, inverse_factor
-from sgpt_lightning.core.masks import Spectrum, scaled_spectrum
 from sgpt_lightning.core.moments import InputStatistics
 
 
@@ -99,11 +98,6 @@ class InputProblem:
         damped = cross.clone()
         damped.diagonal().add_(self.damped.diagonal() - self.hessian.diagonal())
         return damped
-
-    @cached_property
-    def spectrum(self) -> Spectrum:
-        """Of the damped Hessian."""
-        return scaled_spectrum(self.damped)
 
     @cached_property
     def natural(self) -> Columns:

@@ -22,19 +22,25 @@ def fit_survivors(target: Tensor, hessian: Tensor, drop: Tensor, steps: int) -> 
         W, `[out_features, in_features]`; its error is never above that of the first guess.
     """
     weight = target.masked_fill(drop, 0)
+    keep = (~drop).to(target.dtype)  # a product takes a tenth of masked_fill's time on the CPU
     precision = 1 / hessian.diagonal()
-    residual = ((target - weight) @ hessian).masked_fill_(drop, 0)
+    residual = ((target - weight) @ hessian).mul_(keep)
     preconditioned = residual * precision
-    direction = preconditioned.clone()
-    energy = (residual * preconditioned).sum(1, keepdim=True)
+    direction, product = preconditioned.clone(), torch.empty_like(residual)
+    energy = _row_products(residual, preconditioned)
     tiny = torch.finfo(target.dtype).tiny
     for _ in range(steps):
-        product = (direction @ hessian).masked_fill_(drop, 0)
-        length = energy / (direction * product).sum(1, keepdim=True).clamp_min(tiny)
-        weight += length * direction
-        residual -= length * product
-        preconditioned = residual * precision
-        new_energy = (residual * preconditioned).sum(1, keepdim=True)
-        direction = preconditioned + new_energy / energy.clamp_min(tiny) * direction
+        torch.mm(direction, hessian, out=product).mul_(keep)
+        length = energy / _row_products(direction, product).clamp_min_(tiny)
+        weight.addcmul_(length, direction)
+        residual.addcmul_(length, product, value=-1)
+        torch.mul(residual, precision, out=preconditioned)
+        new_energy = _row_products(residual, preconditioned)
+        direction.mul_(new_energy / energy.clamp_min(tiny)).add_(preconditioned)
         energy = new_energy
     return weight
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of each pair of rows, `[out_features, 1]`."""
+    return (left * right).sum(1, keepdim=True)

@@ -131,6 +131,32 @@ def replacing(directory: str | Path, bytes_needed: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def adding(directory: str | Path) -> Iterator[Path]:
+    """Give a directory to write to, whose files go to `directory` if the block ends well, the manifest last.
+
+    For a writer that is one of several, as those of a model and its tokenizer are: other files stay. A crash between
+    two files leaves what the manifest does not describe, which readers find out.
+
+    Raises:
+        FileExistsError: a name beside it that is needed holds what this package did not write.
+        OSError: writing fails.
+    """
+    target = _expanded(directory).resolve()
+    place = _beside(target, "partial")
+    _check_nothing_foreign(place, "a save needs the name")
+    target.mkdir(parents=True, exist_ok=True)
+    _remove(place)
+    with _removed_on_failure(place) as partial:
+        with _locked(partial / MARKER):
+            yield partial
+            _settle(partial)
+            for name in sorted(_files(partial) - {MARKER}, key=lambda name: (name == MANIFEST, name)):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).replace(target / name)
+        _remove(partial)
+
+
+@contextlib.contextmanager
 def _removed_on_failure(partial: Path) -> Iterator[Path]:
     partial.mkdir()
     try:

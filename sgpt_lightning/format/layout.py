@@ -17,7 +17,7 @@ from sgpt_lightning.format.bits import packed_bytes
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What a reader must know besides the tensors; plain values, kept in the manifest."""
+    """What a reader must know besides the tensors; plain values, kept in `config.json`."""
 
     shape: tuple[int, int]
     """(out_features, in_features)."""

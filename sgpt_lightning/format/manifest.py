@@ -2,29 +2,24 @@
 
 `sha256` is the SHA-256 of all fields but `format`, `format_version` and itself, as JSON with sorted keys, no spaces and
 ASCII only, so neither a plan nor a reported figure can change unnoticed. A fault of any kind is a CheckpointError that
-names the file. Versions 1 to 4 are read as well.
+names the file. How weights are packed is said in `config.json`, see `description.py`; versions 1 to 5 are read as well.
 """
 
 import hashlib
 import json
-import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from sgpt_lightning.format.description import CONFIG, DTYPES, FORMAT_VERSION, WEIGHT_FILE, Description
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
-from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.ledger import Ledger
+from sgpt_lightning.format.older import FIRST_DESCRIBED_IN_CONFIG, FIRST_WITH_CHECKSUM, brought_up
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
-FORMAT_VERSION = 5
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-WEIGHT_FILE = re.compile(r"(sgpt|model)(-\d{5}-of-\d{5})?\.safetensors")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 _RUN: dict[str, Any] = {
     "model": str,
     "calibration": dict[str, Any],
@@ -60,23 +55,17 @@ class FileEntry:
 class Manifest:
     """What `sgpt_manifest.json` says."""
 
-    compute_dtype: str
-    """dtype that the model was evaluated in."""
     storage_dtype: str
     """dtype of what is not packed, where that loses nothing."""
-    attn_implementation: str | None
-    """Attention implementation that the model was evaluated with."""
-    aliases: dict[str, str]
-    """Tied tensors: name in the model -> name in the file."""
     linears: dict[str, dict[str, Any]]
-    """Per compressed linear: `spec` (how to unpack it) and `report` (how it went)."""
+    """Per compressed linear, by full name: how it went, the fields of a `LinearReport`."""
     ledger: Ledger
     files: dict[str, FileEntry]
     """Every other file of the directory: weights, `config.json`, generation settings, the tokenizer's."""
     run: dict[str, Any]
     """Recipe, perplexities, protocols, versions: whatever the writer adds."""
     embeddings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per embedding table or output head whose weight is packed: `spec` and `report`."""
+    """Per embedding table or output head whose weight is packed: as for linears."""
 
     @property
     def record(self) -> RunRecord:
@@ -84,9 +73,9 @@ class Manifest:
         return RunRecord.from_dict(self.run)
 
     @property
-    def packed(self) -> dict[str, WeightSpec]:
-        """How to unpack each packed weight, linears first."""
-        return {name: WeightSpec.from_dict(entry["spec"]) for name, entry in (self.linears | self.embeddings).items()}
+    def reports(self) -> dict[str, LinearReport]:
+        """How each packed weight went, linears first."""
+        return {name: LinearReport.from_dict(report) for name, report in (self.linears | self.embeddings).items()}
 
     @property
     def weight_files(self) -> list[str]:
@@ -96,34 +85,7 @@ class Manifest:
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
         """Read and check the manifest; raises CheckpointError."""
-        path = directory / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointError(
-                f"{directory} is not a compressed model: it has no {MANIFEST}. Give a directory that `sgpt fit` wrote"
-            ) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); compress the model again") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
-        version = content.pop("format_version", None)
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} is of format version {version!r}, this package reads 1 to {FORMAT_VERSION}: upgrade it"
-            )
-        if version < _FIRST_WITH_CHECKSUM:
-            content = _brought_up(content, version, path)
-        elif content.pop("sha256", None) != _checksum(content):
-            raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
-        if version < _FIRST_WITH_LOSSES:
-            content = _with_what_came_later(content)
-            _add_losses(content)
-        faults = _faults(content)
-        if faults:
-            raise CheckpointError(f"{path} is incomplete or odd ({'; '.join(faults[:4])}); compress the model again")
-        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        return cls(**{**content, "ledger": Ledger(**content["ledger"]), "files": files})
+        return read_manifest(directory)[0]
 
     def write(self, directory: Path) -> None:
         """Write the manifest."""
@@ -132,10 +94,63 @@ class Manifest:
         (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest; raises CheckpointError on the first that is missing or differs."""
-    for name, expected in manifest.files.items():
+def read_manifest(directory: Path) -> tuple[Manifest, Description | None]:
+    """Read and check the manifest, of any version.
+
+    Returns:
+        The manifest, and what one before version 6 says of the weights; None where that is `config.json`'s.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, incomplete or newer.
+    """
+    path = directory / MANIFEST
+    content = _content(directory)
+    version = content.pop("format_version", None)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {version!r}, this package reads 1 to {FORMAT_VERSION}: upgrade it"
+        )
+    if version >= FIRST_WITH_CHECKSUM and content.pop("sha256", None) != _checksum(content):
+        raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
+    description = None
+    if version < FIRST_DESCRIBED_IN_CONFIG:
+        try:
+            content, description = brought_up(content, version)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is incomplete or odd ({error}); compress the model again") from error
+    faults = _faults(content)
+    if faults:
+        raise CheckpointError(f"{path} is incomplete or odd ({'; '.join(faults[:4])}); compress the model again")
+    files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+    return Manifest(**{**content, "ledger": Ledger(**content["ledger"]), "files": files}), description
+
+
+def _content(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{directory} is not a compressed model: it has no {MANIFEST}. Give a directory that `sgpt fit` wrote"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); compress the model again") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
+    return content
+
+
+def check_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare files with the manifest, all that it lists unless some are named.
+
+    Raises:
+        CheckpointError: the first that is missing or differs.
+    """
+    for name in manifest.files if names is None else names:
+        expected = manifest.files.get(name)
         path = directory / name
+        if expected is None:
+            raise CheckpointError(f"{path} is not in the list of {MANIFEST}; copy the whole directory again")
         try:
             # Links are followed: the hub's cache is made of them, and the checksum pins what they lead to.
             if not path.is_file():
@@ -151,48 +166,6 @@ def check_files(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-_FIRST_WITH_CHECKSUM = 3
-"""Version 4 differs from it by the layout `coded` alone."""
-_FIRST_WITH_LOSSES = 5
-"""Before it, reports had no `predicted_loss`, no embedding was packed, and the ledger did not tell of what kinds of
-tensors packed weights consist."""
-
-
-def _add_losses(content: dict[str, Any]) -> None:
-    """Say in the reports of an older manifest that no loss was predicted; what is no report is left for `_faults`."""
-    linears = content.get("linears")
-    for entry in linears.values() if isinstance(linears, dict) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("report"), dict):
-            entry["report"] = {"predicted_loss": None} | entry["report"]
-
-
-def _with_what_came_later(content: dict[str, Any]) -> dict[str, Any]:
-    """Return an older manifest with the fields that it lacks, which are empty."""
-    ledger = content.get("ledger")
-    return content | {
-        "embeddings": {},
-        "ledger": ledger | {"packed": {}} if isinstance(ledger, dict) else ledger,
-    }
-
-
-def _brought_up(content: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
-    """Return what an older manifest says in the fields of this version.
-
-    Versions 1 and 2 had no checksum of the manifest, kept that of `config.json` in a field of its own, and called the
-    weights `model.safetensors`. Version 1 had one kind of grid, one segment a row, and widths of columns only.
-    """
-    try:
-        files = content["files"] | {CONFIG: content["config"]}
-        linears = {name: dict(entry) for name, entry in content["linears"].items()}
-        for entry in linears.values() if version == 1 else ():
-            grid = None if entry["spec"]["widths"] is None else "zero-point"
-            entry["spec"] = entry["spec"] | {"grid": grid, "group_size": None, "width_axis": "input"}
-            entry["report"] = entry["report"] | {"allocation": None}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} of format version {version} is incomplete: {error!r}") from error
-    return {key: value for key, value in content.items() if key != "config"} | {"files": files, "linears": linears}
-
-
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -205,10 +178,10 @@ def _faults(content: dict[str, Any]) -> list[str]:
     faults += _wrong_types(content, hints)
     if faults:
         return faults
-    faults = [f"{key} is {content[key]!r}" for key in ("compute_dtype", "storage_dtype") if content[key] not in DTYPES]
+    faults = [] if content["storage_dtype"] in DTYPES else [f"storage_dtype is {content['storage_dtype']!r}"]
     faults += _faults_of_files(content["files"], Ledger(**content["ledger"]))
     packed = [*content["linears"].items(), *content["embeddings"].items()]
-    faults += [fault for name, entry in packed for fault in _faults_of_packed(name, entry)]
+    faults += [fault for name, report in packed for fault in _faults_of_report(name, report)]
     faults += [
         f"{name} is among linears and embeddings" for name in content["linears"] if name in content["embeddings"]
     ]
@@ -230,19 +203,12 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and "\\" not in name and "/".join(parts) == name and not {"..", "/", MANIFEST} & set(parts)
 
 
-def _faults_of_packed(name: str, entry: Mapping[str, Any]) -> list[str]:
-    if entry.keys() != {"spec", "report"}:
-        return [f"{name} has the fields {sorted(entry)}, not spec and report"]
+def _faults_of_report(name: str, report: Mapping[str, Any]) -> list[str]:
     try:
-        spec = WeightSpec.from_dict(entry["spec"])
+        LinearReport.from_dict(report)
     except ValueError as error:
         return [f"{name}: {error}"]
-    try:
-        report = LinearReport.from_dict(entry["report"])
-    except ValueError as error:
-        return [f"{name}: {error}"]
-    weights = math.prod(spec.shape)
-    return [] if report.weights == weights else [f"{name} has {weights} weights, its report {report.weights}"]
+    return []
 
 
 def _wrong_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:

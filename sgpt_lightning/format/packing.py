@@ -39,20 +39,20 @@ trace in the result. For masks and widths three layouts are priced and the cheap
 weights hold the zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.grids import Grid, dequantize_matrix
+from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.sizes import Layout, code_bits, index_bits, smallest_layout
 from sgpt_lightning.core.solution import Coded, Pruned, Quantized, Solution
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.decoding import decode_all
 from sgpt_lightning.format.entropy import encode
 from sgpt_lightning.format.layout import CODED_STREAMS, PackedWeight, WeightSpec, check_sizes, origin_name
+from sgpt_lightning.format.masks import pack_mask, unpack_mask
 
 UNPACKED_AT_ONCE = 2 << 20
 """Weights that are unpacked side by side: 60 MB at work; with eight times as many, small linears are 10 % faster."""
@@ -61,35 +61,46 @@ UNPACKED_AT_ONCE = 2 << 20
 def pack_weight(solution: Solution) -> PackedWeight:
     """Pack a solved matrix in its cheapest layout."""
     if isinstance(solution, Coded):
-        return _pack_coded(solution)
+        return pack_as(solution, WeightSpec(solution.shape, "coded", None, None))
     layout = cheapest_layout(solution)
     n_m = solution.n_m if layout == "pattern" else None
-    keep = None if layout == "dense" else solution.keep
     if isinstance(solution, Pruned):
-        spec = WeightSpec(solution.shape, layout, None, n_m)
+        return pack_as(solution, WeightSpec(solution.shape, layout, None, n_m))
+    grid, used = solution.grid, tuple(sorted(set(solution.widths.tolist())))
+    return pack_as(solution, WeightSpec(solution.shape, layout, used, n_m, grid.kind, grid.group_size, grid.axis))
+
+
+def pack_as(solution: Solution, spec: WeightSpec) -> PackedWeight:
+    """Pack a solved matrix as a specification says that fits it."""
+    if isinstance(solution, Coded):
+        return _pack_coded(solution, spec)
+    keep = None if spec.layout == "dense" else solution.keep
+    if isinstance(solution, Pruned):
         tensors = {"weight_values": solution.values if keep is None else solution.values[keep]}
     else:
-        grid, used = solution.grid, tuple(sorted(set(solution.widths.tolist())))
-        spec = WeightSpec(solution.shape, layout, used, n_m, grid.kind, grid.group_size, grid.axis)
         tensors = _quantized_tensors(solution, keep, spec)
     if keep is not None:
-        tensors["weight_mask"] = _pack_mask(keep, spec)
+        tensors["weight_mask"] = pack_mask(keep, spec.n_m)
     return PackedWeight(spec, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def _pack_coded(solution: Coded) -> PackedWeight:
+def _pack_coded(solution: Coded, spec: WeightSpec) -> PackedWeight:
     tensors = {f"weight_{name}": tensor for name, tensor in encode(solution.codes).items()}
     tensors |= {"weight_level": solution.level, "weight_steps": solution.steps, "weight_row_scales": solution.rows}
-    return PackedWeight(WeightSpec(solution.shape, "coded", None, None), tensors)
+    return PackedWeight(spec, tensors)
 
 
 def _unpack_coded(matrices: Sequence[PackedWeight]) -> list[Tensor]:
+    return [solution.weight() for solution in _decode_coded(matrices)]
+
+
+def _decode_coded(matrices: Sequence[PackedWeight]) -> list[Coded]:
     for packed in matrices:
         level = packed.tensors["weight_level"]
         if not bool(torch.isfinite(level).all()):
             raise ValueError(f"weight_level must be a finite number, got {float(level)}")
     decoded = decode_all([(_streams(packed), packed.spec.shape) for packed in matrices])
-    return [_coded_weight(codes, packed.tensors) for codes, packed in zip(decoded, matrices, strict=True)]
+    return [_coded(codes, packed.tensors) for codes, packed in zip(decoded, matrices, strict=True)]
 
 
 def _streams(packed: PackedWeight) -> dict[str, Tensor]:
@@ -97,9 +108,9 @@ def _streams(packed: PackedWeight) -> dict[str, Tensor]:
     return {name: packed.tensors[stored] for name, stored in names.items() if stored in packed.tensors}
 
 
-def _coded_weight(codes: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def _coded(codes: Tensor, tensors: Mapping[str, Tensor]) -> Coded:
     level = tensors["weight_level"]
-    return Coded(codes.to(level.device), level, tensors["weight_steps"], tensors["weight_row_scales"]).weight()
+    return Coded(codes.to(level.device), level, tensors["weight_steps"], tensors["weight_row_scales"])
 
 
 def _quantized_tensors(solution: Quantized, keep: Tensor | None, spec: WeightSpec) -> dict[str, Tensor]:
@@ -130,7 +141,7 @@ def unpack_weights(matrices: Sequence[PackedWeight]) -> list[Tensor]:
     for packed in matrices:
         check_sizes(packed)
     coded = iter(_unpack_coded([packed for packed in matrices if packed.spec.layout == "coded"]))
-    return [next(coded) if packed.spec.layout == "coded" else _unpack_fixed(packed) for packed in matrices]
+    return [next(coded) if packed.spec.layout == "coded" else _fixed(packed).weight() for packed in matrices]
 
 
 def some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
@@ -148,24 +159,35 @@ def some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
         yield names
 
 
-def _unpack_fixed(packed: PackedWeight) -> Tensor:
+def unpack_solution(packed: PackedWeight) -> Solution:
+    """Return what `pack_as` made the packed form of: codes or values, mask, widths and grid, where its tensors are.
+
+    Codes of removed weights are 0, unless the layout is `dense`: it has no mask, and they are codes like others.
+
+    Raises:
+        ValueError: a tensor is missing or its size does not fit the specification.
+    """
+    check_sizes(packed)
+    return _decode_coded([packed])[0] if packed.spec.layout == "coded" else _fixed(packed)
+
+
+def _fixed(packed: PackedWeight) -> Pruned | Quantized:
     spec, tensors = packed
-    keep = None if spec.layout == "dense" else _unpack_mask(tensors["weight_mask"], spec)
+    keep = None if spec.layout == "dense" else unpack_mask(tensors["weight_mask"], spec.shape, spec.n_m)
     if spec.widths is None:
         values = tensors["weight_values"]
         if keep is None:
-            return values.view(spec.shape).float()
+            return Pruned(values.view(spec.shape), None, spec.n_m)
         if values.numel() != int(keep.sum()):
             raise ValueError(f"the mask and the number of survivors ({values.numel()}) disagree")
-        return torch.zeros(spec.shape, dtype=torch.float32, device=values.device).masked_scatter_(keep, values.float())
+        spread = torch.zeros(spec.shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
+        return Pruned(spread, keep, spec.n_m)
     widths = _unpack_widths(tensors, spec)
     assert spec.grid is not None
     codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
     span, origin = tensors["weight_range"], tensors[origin_name(spec)]
-    weight = dequantize_matrix(
-        codes, widths, Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
-    )
-    return weight if keep is None else weight.masked_fill_(~keep, 0)
+    grid = Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
+    return Quantized(codes, widths, grid, keep, spec.n_m)
 
 
 def cheapest_layout(solution: Pruned | Quantized) -> Layout:
@@ -231,33 +253,3 @@ def _unpack_widths(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
     if int(positions.max()) >= len(spec.widths):
         raise ValueError(f"a channel names width {int(positions.max())} of {len(spec.widths)}")
     return used[positions.long()]
-
-
-def _zero_patterns(n: int, m: int) -> Tensor:
-    """All ways to place n zeros in m inputs, bool `[C(m, n), m]`, True where a weight survives."""
-    survives = torch.ones(math.comb(m, n), m, dtype=torch.bool)
-    for rank, zeros in enumerate(itertools.combinations(range(m), n)):
-        survives[rank, list(zeros)] = False
-    return survives
-
-
-def _pack_mask(keep: Tensor, spec: WeightSpec) -> Tensor:
-    if spec.n_m is None:
-        return pack_bits(keep.to(torch.uint8), 1)
-    n, m = spec.n_m
-    place = 1 << torch.arange(m, device=keep.device)
-    patterns = (_zero_patterns(n, m).to(keep.device) * place).sum(1)
-    order = torch.argsort(patterns)
-    found = torch.searchsorted(patterns[order], (keep.view(-1, m) * place).sum(1))
-    return pack_bits(order[found].to(torch.uint8), index_bits(math.comb(m, n)))
-
-
-def _unpack_mask(packed: Tensor, spec: WeightSpec) -> Tensor:
-    count = math.prod(spec.shape)
-    if spec.n_m is None:
-        return unpack_bits(packed, 1, count).bool().view(spec.shape)
-    n, m = spec.n_m
-    ranks = unpack_bits(packed, index_bits(math.comb(m, n)), count // m)
-    if int(ranks.max()) >= math.comb(m, n):
-        raise ValueError(f"rank {int(ranks.max())} names no pattern of {n} zeros in {m}")
-    return _zero_patterns(n, m).to(packed.device)[ranks.long()].view(spec.shape)

@@ -17,8 +17,8 @@ def find_linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is GPT-2's `transformers.Conv1D`: a linear that holds its weight transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """Tell whether a module is GPT-2's `transformers.Conv1D`, packed or not: a linear whose weight is transposed."""
+    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:

@@ -36,12 +36,12 @@ def versions() -> dict[str, str]:
 
 def linear_reports(manifest: Manifest) -> list[LinearReport]:
     """Return the reports of the compressed linears, in the order of the model."""
-    return [LinearReport.from_dict(entry["report"]) for entry in manifest.linears.values()]
+    return [LinearReport.from_dict(report) for report in manifest.linears.values()]
 
 
 def embedding_reports(manifest: Manifest) -> list[LinearReport]:
     """Return the reports of the embeddings that are coded; their error counts each token as often as it was read."""
-    return [LinearReport.from_dict(entry["report"]) for entry in manifest.embeddings.values()]
+    return [LinearReport.from_dict(report) for report in manifest.embeddings.values()]
 
 
 def report_dict(manifest: Manifest) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
+from sgpt_lightning.format.description import Residence
 from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.hub import hub_help
@@ -45,6 +47,8 @@ class CausalLMModule(LightningModule):
             elsewhere, for a compressed directory the one that it was evaluated in.
         attn_implementation: as in transformers (`sdpa`, `eager`, ...). None takes the model's own, for a compressed
             directory the one that it was evaluated with.
+        resident: how packed weights of a compressed directory live in memory: `dense` unpacks them when the model is
+            loaded, `packed` and `coded` one at a time in each forward; see `load_compressed`.
 
     Raises:
         ValueError: unknown dtype, a path that does not exist, or seq_len beyond the model's positions.
@@ -70,6 +74,7 @@ class CausalLMModule(LightningModule):
         seq_len: int | None = None,
         dtype: str | None = None,
         attn_implementation: str | None = None,
+        resident: Residence = "dense",
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in COMPUTE_DTYPES:
@@ -77,6 +82,8 @@ class CausalLMModule(LightningModule):
         self._wrap(None, _read_config(path), path, seq_len)
         self._compute_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._attn_implementation = attn_implementation
+        check_choice("resident", resident, Residence)
+        self._resident: Residence = resident
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, seq_len: int | None = None) -> "CausalLMModule":
@@ -108,9 +115,8 @@ class CausalLMModule(LightningModule):
     def configure_model(self) -> None:
         """Load the model and its tokenizer, once."""
         if self.network is None:
-            self.network = load_model(
-                self.path, self._compute_dtype or self._default_dtype(), self._attn_implementation
-            )
+            dtype = self._compute_dtype or self._default_dtype()
+            self.network = load_model(self.path, dtype, self._attn_implementation, self._resident)
             self.tokenizer = load_tokenizer(self.path)
 
     def _default_dtype(self) -> torch.dtype | None:

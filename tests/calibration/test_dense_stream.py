@@ -113,6 +113,30 @@ def test_a_dense_block_is_kept_only_while_its_epoch_lasts():
         assert calibration._dense_block is None
 
 
+@pytest.mark.parametrize(
+    ("family", "groups", "room", "runs_each"),
+    # all but the first of three batches again for every group; nothing again. Falcon adds to a linear's output in place
+    [("opt", 4, 1, 1 + 2 * 4), ("falcon", 3, 2**29, 3)],
+)
+def test_what_is_kept_of_a_dense_block_saves_runs_and_changes_nothing(family, groups, room, runs_each, monkeypatch):
+    batches, runs, states = make_batches(3), [], []
+    run_block = sgpt_lightning.calibration.sequential.run_block
+
+    def spy(*args):
+        runs[-1] += 1
+        return run_block(*args)
+
+    monkeypatch.setattr(sgpt_lightning.calibration.sequential, "run_block", spy)
+    for kept in (0, room):
+        monkeypatch.setattr(sgpt_lightning.calibration.sequential, "KEPT_BYTES", kept)
+        runs.append(0)
+        model = make_model(family)
+        compress(model, batches, RECIPE)
+        states.append(model.state_dict())
+    assert runs == [2 * 3 * groups, 2 * runs_each]  # two blocks
+    assert all(torch.equal(value, states[0][name]) for name, value in states[1].items())
+
+
 def test_biases_take_over_the_mean_and_are_rounded_as_they_are_stored():
     model, dense, batches = make_model("opt"), make_model("opt"), make_batches(3)
     compress(model, batches, Recipe(target_avg_bits=2.0, parts={"alpha": 0.0}), storage_dtype=torch.float16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from forgery import MANIFEST, WEIGHTS, forge, write_model
+from forgery import CONFIG, WEIGHTS, forge, write_model
 from safetensors.torch import load_file, save_file
 
 from sgpt_lightning.checkpoint import load
@@ -49,5 +49,5 @@ def test_a_damaged_stream_is_an_error_that_names_its_linear(coded, tmp_path, mon
     forge(tmp_path / "model")
     monkeypatch.setattr(packing, "UNPACKED_AT_ONCE", weights)
     owner = streams[number].removesuffix(".weight_stream")
-    with pytest.raises(CheckpointError, match=rf"{MANIFEST} does not describe {owner}: words of 1 streams"):
+    with pytest.raises(CheckpointError, match=rf"{CONFIG} does not describe {owner}: words of 1 streams"):
         load_compressed(tmp_path / "model")

@@ -11,7 +11,8 @@ import torch
 from models_for_tests import make_batches, make_model
 
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import check_compressed
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.format.directory import CheckpointError
 from sgpt_lightning.models.names import load_tokenizer
@@ -78,7 +79,7 @@ DAMAGES = {
     "manifest not of text": (MANIFEST, lambda directory: (directory / MANIFEST).write_bytes(b"\xff\xfe\x00") and None),
     "manifest a list": (MANIFEST, lambda directory: (directory / MANIFEST).write_text("[1]") and None),
     "manifest of another format": (MANIFEST, change(MANIFEST, format="gptq")),
-    "manifest newer": (MANIFEST, change(MANIFEST, format_version=6)),
+    "manifest newer": (MANIFEST, change(MANIFEST, format_version=7)),
     "manifest that says it is older": (MANIFEST, change(MANIFEST, format_version=1)),
     "manifest of version 0": (MANIFEST, change(MANIFEST, format_version=0)),
     "manifest without version": (MANIFEST, change(MANIFEST, format_version=None)),

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from forgery import CONFIG, FC1, MANIFEST, WEIGHTS, edit_json, forge, write_model
+from forgery import CONFIG, FC1, MANIFEST, WEIGHTS, edit_json, forge, forge_description, write_model
 from safetensors.torch import load_file, save_file
 
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import check_compressed
 from sgpt_lightning.format.directory import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FIELDS = ("compute_dtype", "storage_dtype", "attn_implementation", "aliases", "linears", "ledger", "files", "run")
+FIELDS = ("storage_dtype", "linears", "embeddings", "ledger", "files", "run")
+DESCRIBED = ("weights", "compute_dtype", "attn_implementation", "packed", "aliases")
 GENERATION = "generation_config.json"
 
 
@@ -31,16 +33,26 @@ def whole(tmp_path_factory) -> Path:
     return directory
 
 
-def manifest_with(*path: str, value: Any) -> Callable[[Path], None]:
-    def edit(manifest: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            manifest = manifest[key]
-        if value is KeyError:
-            del manifest[path[-1]]
-        else:
-            manifest[path[-1]] = value
+def changed(*path: str, value: Any) -> Callable[[Any], None]:
+    """Set, or with KeyError remove, what is at a path in nested mappings."""
 
-    return lambda directory: forge(directory, edit)
+    def edit(content: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        if value is KeyError:
+            del content[path[-1]]
+        else:
+            content[path[-1]] = value
+
+    return edit
+
+
+def manifest_with(*path: str, value: Any) -> Callable[[Path], None]:
+    return lambda directory: forge(directory, changed(*path, value=value))
+
+
+def described_with(*path: str, value: Any) -> Callable[[Path], None]:
+    return lambda directory: forge_description(directory, changed(*path, value=value))
 
 
 def config_with(**values: Any) -> Callable[[Path], None]:
@@ -72,12 +84,8 @@ def claim_shape(directory: Path, shape: list[int]) -> None:
     for part in ("weight_range", "weight_zero_point"):
         tensors[f"{FC1}.{part}"] = tensors[f"{FC1}.{part}"][:1].clone()
     save_file(tensors, directory / WEIGHTS)
-    forge(directory, lambda manifest: manifest["linears"][FC1]["spec"].update(shape=shape) or claim_weights(manifest))
-
-
-def claim_weights(manifest: dict[str, Any]) -> None:
-    entry = manifest["linears"][FC1]
-    entry["report"]["weights"] = entry["spec"]["shape"][0] * entry["spec"]["shape"][1]
+    weights = changed(*REPORT, "weights", value=shape[0] * shape[1])
+    forge_description(directory, changed(*SPEC, "shape", value=shape), weights)
 
 
 def without_tensor(directory: Path) -> None:
@@ -87,37 +95,49 @@ def without_tensor(directory: Path) -> None:
     forge(directory)
 
 
-SPEC, REPORT = ("linears", FC1, "spec"), ("linears", FC1, "report")
+SPEC, REPORT = ("packed", FC1), ("linears", FC1)
 HEAD = "lm_head.weight"
 FAULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     **{f"{field} missing": (MANIFEST, manifest_with(field, value=KeyError)) for field in FIELDS},
     **{f"{field} is {value}": (MANIFEST, manifest_with(field, value=value)) for field in FIELDS for value in (7, [1])},
     "an unknown field": (MANIFEST, manifest_with("more", value=1)),
-    "an unknown dtype": (MANIFEST, manifest_with("compute_dtype", value="float33")),
-    "a function for a dtype": (MANIFEST, manifest_with("compute_dtype", value="load")),
+    **{f"{field} is not described": (CONFIG, described_with(field, value=KeyError)) for field in DESCRIBED},
+    **{
+        f"{f} is described as {value}": (CONFIG, described_with(f, value=value))
+        for f in DESCRIBED
+        for value in (7, [1])
+    },
+    "an unknown field of the description": (CONFIG, described_with("more", value=1)),
+    "an unknown dtype": (CONFIG, described_with("compute_dtype", value="float33")),
+    "a function for a dtype": (CONFIG, described_with("compute_dtype", value="load")),
+    "weights in a pickle": (CONFIG, described_with("weights", value="pytorch_model.bin")),
+    "a newer description": (CONFIG, described_with("format_version", value=7)),
+    "an older description": ("load_compressed", described_with("format_version", value=5)),
     "an unknown storage dtype": (MANIFEST, manifest_with("storage_dtype", value="q")),
-    "an unknown attention": (MANIFEST, manifest_with("attn_implementation", value="flashy")),
-    "an alias to a list": (MANIFEST, manifest_with("aliases", HEAD, value=["x"])),
-    "an alias to nothing": (HEAD, manifest_with("aliases", HEAD, value="nowhere")),
-    "an alias of nothing": ("nowhere", manifest_with("aliases", "nowhere", value="model.decoder.embed_tokens.weight")),
-    "no alias": (HEAD, manifest_with("aliases", value={})),
-    "no linears": ("q_proj.weight is missing", manifest_with("linears", value={})),
-    "a linear without a spec": (FC1, manifest_with(*SPEC, value=KeyError)),
+    "an unknown attention": (CONFIG, described_with("attn_implementation", value="flashy")),
+    "an alias to a list": (CONFIG, described_with("aliases", HEAD, value=["x"])),
+    "an alias to nothing": (HEAD, described_with("aliases", HEAD, value="nowhere")),
+    "an alias of nothing": ("nowhere", described_with("aliases", "nowhere", value="model.decoder.embed_tokens.weight")),
+    "no alias": (HEAD, described_with("aliases", value={})),
+    "no reports": ("k_proj has no report", manifest_with("linears", value={})),
+    "nothing packed": ("q_proj is not packed", described_with("packed", value={})),
+    "a linear without a spec": (FC1, described_with(*SPEC, value=KeyError)),
     "a linear without a report": (FC1, manifest_with(*REPORT, value=KeyError)),
     "a report of 0 weights": (FC1, manifest_with(*REPORT, "weights", value=0)),
     "a report of words": (FC1, manifest_with(*REPORT, "mean_bits", value="many")),
     "a histogram of words": (FC1, manifest_with(*REPORT, "bits_histogram", value={"four": 1})),
-    "an empty spec": (FC1, manifest_with(*SPEC, value={})),
-    "a spec that is a number": (FC1, manifest_with(*SPEC, value=3)),
-    "a spec of another grid": (FC1, manifest_with(*SPEC, "grid", value="offset")),
-    "a spec of another width": (FC1, manifest_with(*SPEC, "widths", value=[8])),
-    "a spec with groups": (FC1, manifest_with(*SPEC, "group_size", value=5)),
+    "an empty spec": (FC1, described_with(*SPEC, value={})),
+    "a spec that is a number": (FC1, described_with(*SPEC, value=3)),
+    "a spec of another grid": (FC1, described_with(*SPEC, "grid", value="offset")),
+    "a spec of another width": (FC1, described_with(*SPEC, "widths", value=[8])),
+    "a spec with groups": (FC1, described_with(*SPEC, "group_size", value=5)),
     "a linear that the model has not": ("nowhere", manifest_with("linears", "nowhere", value={})),
     "a ledger of words": (MANIFEST, manifest_with("ledger", "linears", value="x")),
     "a ledger that does not add up": (MANIFEST, manifest_with("ledger", "other", value=3)),
     "perplexities in a list": (MANIFEST, manifest_with("run", "perplexity", value=[1])),
     "a perplexity in words": (MANIFEST, manifest_with("run", "perplexity", value={"dense": {"wiki": "good"}})),
     "a recipe in words": (MANIFEST, manifest_with("run", "recipe", value="best")),
+    "a pickle in the directory": ("pytorch_model.bin", lambda directory: (directory / "pytorch_model.bin").touch()),
     "a file that is a word": (MANIFEST, manifest_with("files", WEIGHTS, value="x")),
     "a file without bytes": (MANIFEST, manifest_with("files", WEIGHTS, value={"sha256": "0"})),
     "no config among the files": (CONFIG, manifest_with("files", CONFIG, value=KeyError)),

@@ -3,11 +3,10 @@
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from forgery import CONFIG, MANIFEST, WEIGHTS, edit_json, forge, write_model
+from forgery import CONFIG, MANIFEST, damage, edit_json, forge, set_a_random_field, write_model
 from models_for_tests import make_tokens
 
 from sgpt_lightning.checkpoint.load import load_compressed
@@ -23,7 +22,6 @@ RECIPES = {
     "llama": Recipe(target_avg_bits=None),
     "mistral": Recipe(coding="entropy", target_bits_per_weight=5.0),
 }
-ODD = (None, True, -1, 0, 3, 2**31, 10**30, 0.5, -1e300, "", "x", "../x", [], [1, 2], [["x"]], {}, {"x": 1})
 
 
 @pytest.fixture(scope="module")
@@ -37,55 +35,6 @@ def directories(tmp_path_factory) -> dict[str, Path]:
 def logits(directory: Path) -> torch.Tensor:
     with torch.no_grad():
         return load_compressed(directory)(input_ids=PROBE).logits
-
-
-def set_a_random_field(chance: random.Random, content: Any) -> None:
-    """Replace, remove or rename something somewhere in a JSON value."""
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            places.append((value, key))
-            walk(value[key])
-
-    walk(content)
-    holder, key = chance.choice(places)
-    action = chance.choice(["set", "set", "set", "remove", "double"])
-    if action == "remove":
-        del holder[key]
-    elif action == "double" and isinstance(holder, dict):
-        holder[f"{key}{chance.choice('sx.')}"] = holder[key]
-    else:
-        holder[key] = chance.choice(ODD)
-
-
-def damage(chance: random.Random, directory: Path, others: list[Path]) -> str:
-    """Do one random thing to one random file."""
-    path = chance.choice(sorted(directory.iterdir()))
-    content = bytearray(path.read_bytes())
-    where = chance.randrange(len(content))
-    action = chance.choice(["flip", "flip", "flip", "cut", "add", "zeros", "swap", "foreign", "remove", "field"])
-    if action == "flip":
-        content[where] ^= 1 << chance.randrange(8)
-    elif action == "cut":
-        del content[where:]
-    elif action == "add":
-        content += chance.randbytes(9)
-    elif action == "zeros":
-        content[where : where + 64] = bytes(len(content[where : where + 64]))
-    elif action == "swap":
-        other = chance.choice(sorted(directory.iterdir()))
-        path.write_bytes(other.read_bytes())
-        path, content = other, content
-    elif action == "foreign":
-        content = bytearray((chance.choice(others) / path.name).read_bytes())
-    if action == "remove":
-        path.unlink()
-    elif action == "field" and path.name != WEIGHTS:
-        edit_json(path, lambda content: set_a_random_field(chance, content))
-    else:
-        path.write_bytes(content)
-    return f"{action} {path.name} {where}"
 
 
 def outcome(directory: Path) -> torch.Tensor | str:

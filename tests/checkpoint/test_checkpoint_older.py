@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from forgery import MANIFEST, edit_json, forge, write_model
+from forgery import MANIFEST, edit_json, forge, make_older, write_model
 
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import check_compressed
 from sgpt_lightning.format.directory import CheckpointError
 
 FIRST = Path(__file__).parent / "format-1"
@@ -30,23 +31,18 @@ def test_a_model_in_format_version_1_is_read_as_its_own_reader_read_it():
         logits = model(input_ids=torch.tensor(expected["input_ids"])).logits[0]
     # Float32 sums of 16 to 32 terms of order 1, in the order of another CPU.
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-5)
-    layouts = {entry["spec"]["layout"] for entry in check_compressed(FIRST / "model").linears.values()}
+    layouts = {report["layout"] for report in check_compressed(FIRST / "model").linears.values()}
     assert layouts == {"dense", "bitmap", "pattern"}
 
 
 @pytest.mark.parametrize("version", [3, 4])
 def test_a_manifest_from_before_losses_were_predicted_is_read_and_says_that_none_was(version, tmp_path):
-    def as_then(manifest):
-        manifest["format_version"] = version
-        for entry in manifest["linears"].values():
-            del entry["report"]["predicted_loss"]
-
     write_model(tmp_path / "out")
-    forge(tmp_path / "out", as_then)
-    reports = [entry["report"] for entry in check_compressed(tmp_path / "out").linears.values()]
+    make_older(tmp_path / "out", version)
+    reports = check_compressed(tmp_path / "out").linears.values()
     assert [report["predicted_loss"] for report in reports] == [None] * 12
-    forge(tmp_path / "out", lambda manifest: manifest.update(format_version=5))  # and so must not be of this version
-    with pytest.raises(CheckpointError, match="needs the fields"):
+    forge(tmp_path / "out", lambda manifest: manifest.update(format_version=5))  # and so must not be of version 5
+    with pytest.raises(CheckpointError, match="is incomplete"):
         check_compressed(tmp_path / "out")
 
 
@@ -59,28 +55,24 @@ def test_a_fault_in_an_older_manifest_is_an_error_that_names_it(field, value, tm
         load_compressed(tmp_path / "out")
 
 
-@pytest.mark.parametrize("version", [3, 4])
-def test_versions_without_coded_embeddings_are_read(version, tmp_path):
-    """They differ in what they say: no `embeddings`, and nothing of what packed weights consist of."""
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_versions_that_described_weights_in_the_manifest_are_read(version, tmp_path):
+    """3 and 4 have no `embeddings` and do not say what packed weights consist of."""
     write_model(tmp_path / "out")
     state = load_compressed(tmp_path / "out").state_dict()
-
-    def earlier(manifest):
-        assert manifest.pop("embeddings") == {}
-        assert manifest["ledger"].pop("packed")
-        for entry in manifest["linears"].values():
-            del entry["report"]["predicted_loss"]
-        manifest["format_version"] = version
-
-    forge(tmp_path / "out", earlier)
+    make_older(tmp_path / "out", version)
     assert json.loads((tmp_path / "out" / MANIFEST).read_text())["format_version"] == version
     loaded = load_compressed(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("value", [None, {"wte": 3}, {"model.decoder.embed_tokens": {"spec": {}, "report": {}}}])
-def test_embeddings_that_are_no_packed_weights_are_an_error_that_names_the_manifest(value, tmp_path):
+@pytest.mark.parametrize("version", [5, 6])
+def test_embeddings_that_are_no_packed_weights_are_an_error_that_names_the_manifest(version, value, tmp_path):
     write_model(tmp_path / "out")
-    forge(tmp_path / "out", lambda manifest: manifest.update(embeddings=value))
+    if version == 5:
+        make_older(tmp_path / "out", 5, lambda manifest: manifest.update(embeddings=value))
+    else:
+        forge(tmp_path / "out", lambda manifest: manifest.update(embeddings=value))
     with pytest.raises(CheckpointError, match=r"sgpt_manifest\.json is incomplete or odd"):
         load_compressed(tmp_path / "out")

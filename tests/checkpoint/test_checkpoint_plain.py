@@ -1,4 +1,7 @@
-"""What transformers alone makes of our directory: an error that says what to do, never a model with random linears."""
+"""What transformers alone makes of our directory: an error that says what to do, never a model with random linears.
+
+Once the package is imported, however often, transformers reads it.
+"""
 
 import json
 import os
@@ -33,6 +36,18 @@ for path in sys.argv[1:]:
         except (OSError, ValueError) as error:
             outcomes[f"{path}: {name}"] = f"{type(error).__name__}: {error}"
 assert not [module for module in sys.modules if module.startswith("sgpt_lightning")]
+import importlib
+import sgpt_lightning
+from sgpt_lightning.hf import registration
+for _ in range(2):
+    importlib.reload(sgpt_lightning)
+    importlib.reload(registration).register()
+assert len([finder for finder in sys.meta_path if getattr(finder, "waits_for", None)]) == 1
+for path in sys.argv[1:]:
+    for name, attempt in attempts.items():
+        model = attempt(path)
+        packed = [*getattr(model, "model", model).modules()]
+        outcomes[f"{path}: {name}, imported"] = sum(type(module).__name__ == "PackedLinear" for module in packed)
 print(json.dumps(outcomes))
 """
 
@@ -52,7 +67,9 @@ def test_plain_transformers_fails_by_name_and_loads_no_random_linears(tmp_path, 
         check=True, timeout=120, env=environment, capture_output=True, text=True, cwd=Path("/"),
     )  # fmt: skip
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert len(outcomes) == 8
+    assert len(outcomes) == 16
+    loaded = {name: outcomes.pop(name) for name in list(outcomes) if name.endswith(", imported")}
+    assert set(loaded.values()) == {2 * 6}
     for name, outcome in outcomes.items():
         assert "Error: " in outcome, name
-        assert "only sgpt_lightning reads this directory, with sgpt_lightning.load_compressed" in outcome, name
+        assert "only sgpt_lightning reads this directory: import sgpt_lightning first" in outcome, name

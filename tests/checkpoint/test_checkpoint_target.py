@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_checkpoint_crash import files_of, loaded_logits, save
 
-from sgpt_lightning.checkpoint.load import check_compressed, load_compressed
+from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.checkpoint.reading import check_compressed
 from sgpt_lightning.format.directory import MARKER, CheckpointError, check_target, find_directory, replacing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

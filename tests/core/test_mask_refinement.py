@@ -7,10 +7,15 @@ import torch
 from oracles import correlated_inputs, damped, generator, random_weight, restricted_solve, row_errors, second_moment
 from torch import Tensor
 
-from sgpt_lightning.core.masks import MaskRule, refine_mask, scaled_spectrum
+from sgpt_lightning.core.masks import MaskRule, refine_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
+
+
+def refine_mask(target: Tensor, hessian: Tensor, drop: Tensor, rule: MaskRule, steps: int) -> Tensor:
+    (refined,) = refine_masks([target], hessian, [drop], rule, steps)
+    return refined
 
 
 def case(seed: int, rows: int, columns: int, tokens: int = 200) -> tuple[Tensor, Tensor]:
@@ -38,7 +43,7 @@ def refit_error(target: Tensor, hessian: Tensor, drop: Tensor) -> float:
 def test_exactly_the_asked_fraction_is_removed(shape, sparsity, steps):
     target, hessian = case(0, *shape)
     rule = MaskRule(sparsity)
-    drop = refine_mask(target, scaled_spectrum(hessian), by_size(target, hessian, rule), rule, steps)
+    drop = refine_mask(target, hessian, by_size(target, hessian, rule), rule, steps)
     assert drop.dtype == torch.bool
     assert drop.shape == target.shape
     assert int(drop.sum()) == round(sparsity * target.numel())
@@ -49,23 +54,21 @@ def test_exactly_the_asked_fraction_is_removed(shape, sparsity, steps):
 def test_n_m_holds_in_every_group(n, m, steps):
     target, hessian = case(0, 6, 4 * m)
     rule = MaskRule(0, (n, m))
-    drop = refine_mask(target, scaled_spectrum(hessian), by_size(target, hessian, rule), rule, steps)
+    drop = refine_mask(target, hessian, by_size(target, hessian, rule), rule, steps)
     assert (drop.view(6, 4, m).sum(2) == n).all()
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.8])
 def test_counts_are_exact_where_all_weights_are_tied(sparsity):
     target = torch.ones(6, 10)
-    drop = refine_mask(
-        target, scaled_spectrum(torch.eye(10)), torch.zeros(6, 10, dtype=torch.bool), MaskRule(sparsity), STEPS
-    )
+    drop = refine_mask(target, torch.eye(10), torch.zeros(6, 10, dtype=torch.bool), MaskRule(sparsity), STEPS)
     assert int(drop.sum()) == round(sparsity * 60)
 
 
 def test_no_steps_leave_the_mask_as_it_is():
     target, hessian = case(0, 6, 12)
     drop = torch.rand(6, 12, generator=generator()) < 0.5
-    assert torch.equal(refine_mask(target, scaled_spectrum(hessian), drop, MaskRule(0.5), 0), drop)
+    assert torch.equal(refine_mask(target, hessian, drop, MaskRule(0.5), 0), drop)
 
 
 @pytest.mark.parametrize("rule", [MaskRule(0.5), MaskRule(0.7), MaskRule(0, (2, 4)), MaskRule(0, (4, 8))], ids=str)
@@ -73,7 +76,7 @@ def test_no_steps_leave_the_mask_as_it_is():
 def test_the_best_weights_behind_a_refined_mask_do_better(rule, seed):
     target, hessian = case(seed, 24, 32)
     start = by_size(target, hessian, rule)
-    refined = refine_mask(target, scaled_spectrum(hessian), start, rule, STEPS)
+    refined = refine_mask(target, hessian, start, rule, STEPS)
     # a mask by size ignores that inputs are correlated; refining gained 23 to 41 %
     assert refit_error(target, hessian, refined) < 0.85 * refit_error(target, hessian, start)
 
@@ -85,10 +88,7 @@ def test_where_inputs_are_not_correlated_any_mask_ends_as_good_as_the_mask_by_si
     anything = by_size(torch.rand(8, 16, generator=generator(1)), hessian, rule)
     assert refit_error(target, hessian, anything) > 1.5 * best
     # a few near ties end the other way: nothing, 0.1 % and 1.5 % of the error in these three
-    assert (
-        refit_error(target, hessian, refine_mask(target, scaled_spectrum(hessian), anything, rule, STEPS))
-        <= 1.02 * best
-    )
+    assert refit_error(target, hessian, refine_mask(target, hessian, anything, rule, STEPS)) <= 1.02 * best
 
 
 def masks_of_half_a_row() -> list[Tensor]:
@@ -107,7 +107,7 @@ def test_most_rows_get_the_best_of_all_masks_and_together_they_are_near_it(seed)
     best = torch.stack([row_errors(weight, target, hessian) for weight in tried]).amin(0)
     rule = MaskRule(0, (4, 8))
     start = by_size(target, hessian, rule)
-    refined = refine_mask(target, scaled_spectrum(hessian), start, rule, STEPS)
+    refined = refine_mask(target, hessian, start, rule, STEPS)
     before, after = (row_errors(restricted_solve(target, hessian, d), target, hessian) for d in (start, refined))
     assert (after >= best * (1 - 1e-9)).all()  # all means all
     assert ((after < best * (1 + 1e-9)).double().mean()) >= 0.65  # 67 to 96 %; 42 to 79 % of the masks to start from
@@ -121,7 +121,7 @@ def test_a_single_row_gets_the_best_of_all_masks_at_least_every_other_time():
     for seed in range(20):
         target, hessian = case(seed, 1, 8)
         best = min(refit_error(target, hessian, mask[None]) for mask in masks_of_half_a_row())
-        refined = refine_mask(target, scaled_spectrum(hessian), by_size(target, hessian, rule), rule, STEPS)
+        refined = refine_mask(target, hessian, by_size(target, hessian, rule), rule, STEPS)
         ratios.append(refit_error(target, hessian, refined) / best)
     assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= 10
     assert max(ratios) < 3
@@ -133,8 +133,8 @@ def test_survivors_move_to_the_rows_that_weigh_more():
     weights[:4] = 25
     rule = MaskRule(0.5)
     start = by_size(target, hessian, rule)
-    plain = refine_mask(target, scaled_spectrum(hessian), start, rule, STEPS)
-    weighted = refine_mask(target * weights.sqrt()[:, None], scaled_spectrum(hessian), start, rule, STEPS)
+    plain = refine_mask(target, hessian, start, rule, STEPS)
+    weighted = refine_mask(target * weights.sqrt()[:, None], hessian, start, rule, STEPS)
     assert int(weighted.sum()) == int(plain.sum())
     kept = [(~drop[:4]).double().mean() for drop in (plain, weighted)]
     assert kept[0] == pytest.approx(0.5, abs=0.1)
@@ -151,5 +151,21 @@ def test_the_quick_rule_is_the_exact_rule_where_no_score_is_tied(n_m):
     for sparsity in (0.0, 0.01, 0.37, 0.99):
         scores = torch.rand(9, 12, generator=generator(3))
         rule = MaskRule(sparsity, n_m)
-        assert torch.equal(rule.removed_up_to_ties(scores), rule.removed(scores))
+        assert torch.equal(rule.roughly_removed(scores), rule.removed(scores))
         assert int(rule.removed(scores).sum()) == rule.count(108) == (54 if n_m else round(sparsity * 108))
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.9])
+def test_the_quick_rule_is_near_the_exact_one_for_a_large_matrix(sparsity):
+    scores = torch.rand(500, 768, generator=generator(3)) * torch.rand(768, generator=generator(4))
+    removed = MaskRule(sparsity).roughly_removed(scores).double().mean()
+    # the share of 54,858 drawn scores below a quantile has a standard deviation of 0.002 at most
+    assert float(removed) == pytest.approx(sparsity, abs=0.008)
+
+
+def test_matrices_of_one_input_are_refined_side_by_side_as_alone():
+    targets, hessian, rule = [case(seed, 6 + seed, 32)[0] for seed in range(3)], case(0, 6, 32)[1], MaskRule(0.5)
+    starts = [by_size(target, hessian, rule) for target in targets]
+    together = refine_masks(targets, hessian, starts, rule, STEPS)
+    for target, start, drop in zip(targets, starts, together, strict=True):
+        assert torch.equal(drop, refine_mask(target, hessian, start, rule, STEPS))

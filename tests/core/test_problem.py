@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.problem import SharedInput
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solver import LinearToSolve, compress_linear, compress_linears
 from sgpt_lightning.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,15 +49,14 @@ def test_a_linear_is_solved_the_same_beside_others_as_alone(preset, has_bias):
 
 
 @pytest.mark.parametrize(
-    ("preset", "factors", "spectra"),
-    [("sparsegpt", 1, 0), ("best", 2, 1)],  # `best` factors the Hessian in act order too
+    ("preset", "factors"),
+    [("sparsegpt", 1), ("best", 2 + 6)],  # `best` factors the Hessian in act order too, and with each of six penalties
 )
-def test_three_linears_of_one_input_take_the_decompositions_of_one(preset, factors, spectra):
-    shared = SharedInput(statistics())
+def test_three_linears_of_one_input_take_the_decompositions_of_one(preset, factors):
+    linears = [LinearToSolve(random_weight(8, 24, seed)) for seed in range(3)]
     with Decompositions() as decompositions:
-        for seed in range(3):
-            compress_linear(random_weight(8, 24, seed), shared, Recipe(preset=preset), has_bias=True)
-    assert decompositions.found == {"linalg_cholesky_ex": factors, "_linalg_eigh": spectra}
+        compress_linears(linears, SharedInput(statistics()), Recipe(preset=preset), has_bias=True)
+    assert decompositions.found == {"linalg_cholesky_ex": factors, "_linalg_eigh": 0}
 
 
 @pytest.mark.parametrize(("family", "inputs"), [("opt", 4), ("llama", 4), ("gpt2", 4)])

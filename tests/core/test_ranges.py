@@ -93,6 +93,43 @@ def test_the_regression_goes_below_the_lattice(kind, bits):
     assert sum(found for found, _ in errors) < 0.99 * sum(best for _, best in errors)  # 1.4 to 15 %
 
 
+def least_error(kind: str, row: Tensor, cost: Tensor, bits: int) -> float:
+    """The least weighted error of any interval, over all ways to give the codes to the values in order of size."""
+    chosen = counted(kind, row)
+    values = (row.abs() if kind == "zero-free" else row)[chosen].double()
+    values, order = values.sort()
+    costs, top = cost[chosen][order].double(), 2 ** (bits - (kind == "zero-free")) - 1
+    codes = torch.tensor(list(itertools.combinations_with_replacement(range(top + 1), len(values))))
+    units = codes.double() / top
+    a, b, c = costs.sum(), units @ costs, units.square() @ costs
+    x, y = (costs * values).sum(), units @ (costs * values)
+    determinant = a * c - b * b
+    span = torch.where(determinant > 1e-12, (a * y - b * x) / determinant.clamp_min(1e-12), 0)
+    origin = (x - b * span) / a
+    if kind == "zero-free":
+        span = torch.where(origin < 0, y / c.clamp_min(1e-12), span)
+        origin = origin.clamp_min(0)
+    return float((origin[:, None] + span[:, None] * units - values).square().matmul(costs).min())
+
+
+@KINDS
+@pytest.mark.parametrize("bits", [2, 3])
+def test_on_8_x_8_most_ranges_are_the_best_of_all_and_together_they_are_near_them(kind, bits):
+    best, found = [], []
+    for seed in range(4):
+        weight, cost = random_weight(8, 8, seed), importance_of(8, seed)
+        grid = search_grid(kind, weight, cost, same_width(8, bits))
+        for row, origin, span in zip(weight, grid.origin, grid.span, strict=True):
+            interval = float(origin), float(span)
+            best.append(least_error(kind, row, cost, bits))
+            found.append(nearest_error(kind, row, cost, interval, bits))
+            assert found[-1] >= best[-1] * (1 - 1e-9)  # all means all
+            best[-1] = (best[-1] ** 0.5 + rounding(kind, row, cost, interval)) ** 2
+    # measured: 63 to 97 % of the rows, and 0.1 to 23 % above; eight values on eight levels have the most local minima
+    assert sum(error <= least * (1 + 1e-5) for error, least in zip(found, best, strict=True)) >= 0.55 * len(best)
+    assert sum(found) < 1.35 * sum(best)
+
+
 @KINDS
 def test_columns_that_matter_more_are_met_more_closely(kind):
     weight = random_weight(16, 24)

@@ -7,7 +7,10 @@ import torch
 from oracles import correlated_inputs, damped, random_weight, restricted_solve, row_errors, second_moment, sparsegpt
 
 from sgpt_lightning.core.moments import InputStatistics
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.problem import SharedInput
+from sgpt_lightning.core.pruning import choose_masks
+from sgpt_lightning.core.rounding import descend_together, round_to, same_width
+from sgpt_lightning.core.solver import LinearToSolve, compress_linear, pose_dense
 from sgpt_lightning.presets import PRESETS, Parts
 from sgpt_lightning.recipe import Recipe
 
@@ -167,3 +170,22 @@ def test_a_budget_of_true_bits_that_cannot_be_met_is_refused_by_name(collect):
     weight, inputs, _ = problem()
     with pytest.raises(ValueError, match=r"at least [\d.]+ for layers\.3\.fc1 \(48 x 64\).*got 1\.5"):
         compress_linear(weight, collect(inputs), Recipe(target_bits_per_weight=1.5), "layers.3.fc1")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_n_m_holds_after_every_stage_of_the_whole_solve(collect, pattern, bits):
+    n, m = map(int, pattern.split(":"))
+    inputs, recipe = SharedInput(collect(correlated_inputs(300, 48))), Recipe(pattern=pattern, target_avg_bits=bits)
+    linears = [LinearToSolve(random_weight(12, 48, seed), "", torch.ones(12)) for seed in (0, 1)]
+    problems = [pose_dense(linear, inputs, recipe) for linear in linears]
+    starts = choose_masks(problems, problems[0].objective.input.natural)
+    rounded = round_to(problems, starts, [same_width(start, bits) for start in starts], "input")
+    descended = descend_together(problems, rounded)
+    for start, before, after in zip(starts, rounded, descended, strict=True):
+        assert torch.equal(before.drop, start.mask)
+        assert torch.equal(after.drop, start.mask)
+        for weight in (start.weight, before.stored, after.stored):
+            zeros = (weight == 0).view(12, -1, m).sum(2)
+            assert (zeros == n).all()  # zero-free grids store no other zeros
+        assert not torch.equal(before.stored, after.stored)  # the descent has done something

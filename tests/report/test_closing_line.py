@@ -9,7 +9,7 @@ from sgpt_lightning.report.run import closing_line
 def manifest(perplexity: dict, linears: int = 3000, embeddings: int = 700) -> Manifest:
     # 8,000 weights in linears and 2,000 others are 20,000 bytes in 16 bits.
     ledger = Ledger(linears, embeddings, 200, 100, linear_weights=8000, parameters=10_000)
-    return Manifest("float32", "float16", None, {}, {}, ledger, {}, {"perplexity": perplexity})
+    return Manifest("float16", {}, ledger, {}, {"perplexity": perplexity})
 
 
 BOTH = {"dense": {"docs": 20.0, "c4": 40.0}, "compressed": {"docs": 20.4, "c4": 39.0}}

@@ -72,7 +72,7 @@ def test_more_damping_than_asked_for_is_in_the_report_and_in_the_model_directory
     for linear in report["linears"]:
         assert linear["status"] in ("damped", "float64")
         assert linear["damp_percent"] > 2 * NEXT_TO_NO_DAMPING
-        entry = manifest["linears"][linear["name"]]["report"]
+        entry = manifest["linears"][linear["name"]]
         assert (entry["status"], entry["damp_percent"]) == (linear["status"], linear["damp_percent"])
 
 

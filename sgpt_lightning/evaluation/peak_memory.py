@@ -1,0 +1,54 @@
+"""The most memory that something took while it ran.
+
+On a GPU that is what torch's allocator held for tensors; on the CPU it is what the whole process held, Python and its
+libraries included, which Linux alone tells and lets one start anew (`/proc/self/clear_refs`, man 5 proc).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+class PeakMemory:
+    """What `peak_memory` found out."""
+
+    nbytes: int | None = None
+    """Bytes at most at one time; None before the body has ended, and where the system does not tell."""
+
+
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
+    """Measure the most memory that is held while the body runs, what was there before it included.
+
+    Args:
+        device: whose memory; anything but CUDA counts as the CPU.
+    """
+    device, peak = torch.device(device), PeakMemory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.nbytes = torch.cuda.max_memory_allocated(device)
+        return
+    starts_anew = _start_anew()
+    yield peak
+    peak.nbytes = _resident_at_most() if starts_anew else None
+
+
+def _start_anew() -> bool:
+    """Set the process's mark to what it holds now; False where that cannot be done."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_at_most() -> int | None:
+    """Return the mark in bytes, `VmHWM` of the process's status, which is in KiB."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    marks = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(marks[0]) * 2**10 if marks else None

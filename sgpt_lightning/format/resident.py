@@ -1,0 +1,172 @@
+"""The form of one packed weight in memory: what a layer computes with, a few tensors that a module moves about.
+
+The file's form (`packing.py`) has the fewest bytes; this one has as many, save for a few in a thousand, and is laid out
+so that a product can be taken straight from it. Coded weights, which nothing but their decoder can read, are decoded
+once into codes of just enough bits. `stored` gives the file's bytes back.
+
+Channels of one width are a run; runs lie one behind the other, the widest first. The tensors, all of them of whole
+numbers so that `module.half()` leaves them alone (floats are kept as their bits):
+
+    words         int32   codes. Without a mask, rows of fields, as `planes.py` draws them. With a mask, the survivors
+                          of each run, row by row and within a row lane by lane, without gaps; a run starts on a word
+    order         int16   the channels in the order of the runs, int32 where there are more than 2^15; absent where
+                          there is one run
+    span, origin          `weight_range` and `weight_offset` or `weight_zero_point`
+    widths        uint8   `weight_widths`
+    mask          int32   `bitmap`: per run and row a bit for each column, lane by lane, from a word on; `pattern`: per
+                          row the ranks of the groups as fields, survivors then lie in the order of their columns
+    starts        int32   per run and row how many survivors of the run lie before; absent for a `pattern` of one run
+    values                in the place of `words` where nothing is quantized; `[out_features, in_features]` without mask
+
+and of coded weights, whose field is the code plus 2^(bits - 1),
+
+    level, steps, row_scales      `weight_level`, `weight_steps`, `weight_row_scales`
+    column_factors, row_factors   int32   what steps and row scales stand for, the columns in the order of the runs
+    apart_at      int32   codes beyond their field, whose field holds 0: row * in_features + position of the column in
+                          the order of the runs, ascending; int64 from 2^31 weights on
+    apart         int32   the codes that stand there
+    apart_tiles   int32   how many of them lie before row 0, 16, 32, ... and in all
+
+What a kernel does with them is in `kernels/matvec.py`; here is the reference, which is also what a CPU runs.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.core.paths import MATVEC, UNPACK, with_kernels
+from sgpt_lightning.core.solution import Coded, Pruned, Solution
+from sgpt_lightning.format import fields, survivors
+from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
+from sgpt_lightning.format.layout import PackedWeight, WeightSpec
+from sgpt_lightning.format.packing import pack_as, unpack_solution
+from sgpt_lightning.format.planes import Run
+
+MOST_ROWS = 8
+"""Rows of x that `matvec` takes: with more, unpacking once and a matrix product are faster."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A packed weight in memory. `spec` and `runs` are plain values; the tensors may be moved, never changed."""
+
+    spec: WeightSpec
+    """What the file says of the weight."""
+    runs: tuple[Run, ...]
+    """Where the words of each width are."""
+    floats: dict[str, torch.dtype]
+    """What the bits of a tensor are, by name, where they are floats."""
+    tensors: dict[str, Tensor]
+    """The tensors by name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors.values())).device
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Resident":
+        """Return the same weight with tensors that were moved, all of them, by name: a module's buffers."""
+        return replace(self, tensors=tensors)
+
+    def to(self, device: torch.device | str) -> "Resident":
+        """Return the same weight on another device."""
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the whole matrix, `[out_features, in_features]`, bit for bit what `unpack_weight` returns.
+
+        Args:
+            dtype: what float32 is rounded to in the end.
+        """
+        if not has_kernels(self.spec):
+            return self._reference(dtype)
+        parts = self.spec, self.runs, self._floats()
+        family = family_of(self.spec, UNPACK)
+        return with_kernels(self.device, family, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
+
+    def _reference(self, dtype: torch.dtype) -> Tensor:
+        return self._solution(None).weight().to(dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return some rows, float32 `[n, in_features]`, bit for bit `weight()[index]`; no others are unpacked.
+
+        Args:
+            index: int64 `[n]`, from 0 to out_features - 1, on the device of the tensors.
+        """
+        return self._solution(index).weight()
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """Return x times the transposed weight, `[n, out_features]` in the dtype of x; products add up in float32.
+
+        Args:
+            x: float16, bfloat16 or float32 `[n, in_features]`, n at most `MOST_ROWS`, on the device of the tensors.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        if x.dim() != 2 or x.shape[1] != self.spec.shape[1] or len(x) > MOST_ROWS:
+            raise ValueError(
+                f"x must be [n, in_features] with n <= {MOST_ROWS} and in_features = {self.spec.shape[1]}, "
+                f"got {list(x.shape)}"
+            )
+        if not has_kernels(self.spec) or not len(x):
+            return self._multiplied(x)
+        parts = self.spec, self.runs, self._floats()
+        family = family_of(self.spec, MATVEC)
+        return with_kernels(self.device, family, lambda k: multiply(k, x, *parts), lambda: self._multiplied(x))
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        return (x.float() @ self.weight().T).to(x.dtype)
+
+    def stored(self) -> PackedWeight:
+        """Return the file's form, byte for byte what this was made of; coded weights are encoded for it."""
+        return pack_as(self._solution(None), self.spec)
+
+    def _floats(self) -> dict[str, Tensor]:
+        """Return the tensors, floats as such."""
+        return {name: bits.view(self.floats.get(name, bits.dtype)) for name, bits in self.tensors.items()}
+
+    def _solution(self, index: Tensor | None) -> Solution:
+        """Return all rows, or some."""
+        tensors = self._floats()
+        if "mask" in tensors:
+            return survivors.read(self.spec, self.runs, tensors, index)
+        if "values" in tensors:
+            return Pruned(tensors["values"] if index is None else tensors["values"][index])
+        return fields.read(self.spec, self.runs, tensors, index)
+
+
+def reside(packed: PackedWeight, device: torch.device | str | None = None) -> Resident:
+    """Bring a packed weight into the form that it has in memory.
+
+    Args:
+        packed: the file's form.
+        device: where the tensors shall be; where those of `packed` are if None. The work is done there.
+
+    Raises:
+        ValueError: as `unpack_weight` does.
+    """
+    there = packed if device is None else packed.to(device)
+    solution, spec = unpack_solution(there), there.spec
+    runs: tuple[Run, ...] = ()
+    if isinstance(solution, Coded):
+        runs, tensors = fields.of_coded(solution)
+    elif spec.layout != "dense":
+        runs, tensors = survivors.of_masked(solution, there)
+    elif isinstance(solution, Pruned):
+        tensors = {"values": solution.values}
+    else:
+        runs, tensors = fields.of_quantized(solution, there)
+    floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return Resident(spec, runs, floats, {name: _bits(tensor).contiguous() for name, tensor in tensors.items()})
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(whole[tensor.element_size()]) if tensor.is_floating_point() else tensor

@@ -1,0 +1,1 @@
+"""transformers reads and writes our directories by itself."""

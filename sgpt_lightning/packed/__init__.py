@@ -1,0 +1,1 @@
+"""Modules that keep their weight packed in memory."""

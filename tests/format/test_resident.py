@@ -1,0 +1,124 @@
+"""Weights in memory are those of the file, bit for bit, take as many bytes, and go back into the same file."""
+
+import pytest
+import torch
+from oracles import generator
+from residents import coded, quantized, solutions
+
+from sgpt_lightning.format.layout import PackedWeight
+from sgpt_lightning.format.packing import pack_weight, unpack_weight
+from sgpt_lightning.format.planes import lane_order, lay_fields, lift_fields, row_words
+from sgpt_lightning.format.resident import MOST_ROWS, Resident, reside
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPES = [(1, 16), (35, 120)]
+CASES = {f"{rows}x{columns} {name}": s for rows, columns in SHAPES for name, s in solutions(rows, columns).items()}
+
+
+def assert_same_bytes(ours: PackedWeight, expected: PackedWeight) -> None:
+    assert ours.spec == expected.spec
+    assert list(ours.tensors) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        assert ours.tensors[name].dtype == tensor.dtype
+        assert (
+            ours.tensors[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
+            if (tensor.dtype != torch.bfloat16)
+            else torch.equal(ours.tensors[name], tensor)
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_rows_and_the_stored_form_are_bit_for_bit_what_was_packed(case):
+    solution = CASES[case]
+    packed = pack_weight(solution)
+    resident = reside(packed)
+    expected = solution.weight()
+    assert torch.equal(resident.weight().view(torch.int32), expected.view(torch.int32))
+    index = torch.randint(len(expected), (5,), generator=generator())
+    assert torch.equal(resident.rows(index).view(torch.int32), expected[index].view(torch.int32))
+    assert resident.rows(index[:0]).shape == (0, expected.shape[1])
+    assert_same_bytes(resident.stored(), packed)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("35")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_is_that_of_the_weight_to_the_rounding_of_its_dtype(case, dtype):
+    solution = CASES[case]
+    x = torch.randn(3, solution.shape[1], generator=generator(1)).to(dtype)
+    found = reside(pack_weight(solution)).matvec(x)
+    expected = x.double() @ solution.weight().double().T
+    assert found.dtype == dtype
+    # 120 products of a float32 sum are off by 120 of its roundings at most, and the result is rounded once.
+    bound = (x.double().abs() @ solution.weight().double().abs().T) * 120 * 2.0**-24
+    rounding = expected.abs().clamp(min=torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
+    assert bool(((found.double() - expected).abs() <= bound + rounding).all())
+
+
+def test_a_module_may_keep_the_tensors_as_buffers_and_cast_itself():
+    packed = pack_weight(quantized(9, 45, (3, 4), "zero-free", 0.5))
+    resident = reside(packed)
+    module = torch.nn.Module()
+    for name, tensor in resident.tensors.items():
+        module.register_buffer(name, tensor)
+    module.half().to(torch.bfloat16)
+    moved = resident.with_tensors(dict(module.named_buffers()))
+    assert torch.equal(moved.weight(), unpack_weight(packed))
+    assert isinstance(moved, Resident)
+    assert moved.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("bits", range(1, 26))
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 70, 96])
+def test_fields_lie_where_the_drawing_says(bits, count):
+    fields = torch.randint(1 << bits, (3, count), generator=generator(bits), dtype=torch.int32)
+    fields[0] = (1 << bits) - 1
+    words = lay_fields(fields, bits)
+    assert words.shape == (3, row_words(count, bits))
+    assert 32 * words.shape[1] - count * bits < 32
+    lanes = count // 32
+    for row, field_row in zip(words.tolist(), fields.tolist(), strict=True):
+        for lane in range(lanes + 1):
+            own = row[lane : lanes * bits : lanes] if lane < lanes else row[lanes * bits :]
+            number = int.from_bytes(b"".join((word & 0xFFFFFFFF).to_bytes(4, "little") for word in own), "little")
+            members = field_row[lane : lanes * 32 : lanes] if lane < lanes else field_row[lanes * 32 :]
+            assert [number >> (bits * j) & ((1 << bits) - 1) for j in range(len(members))] == members
+    assert torch.equal(lift_fields(words, bits, count), fields)
+    by_lanes = [field for lane in range(lanes) for field in range(lane, lanes * 32, lanes)]
+    assert lane_order(count, torch.device("cpu")).tolist() == by_lanes + list(range(lanes * 32, count))
+
+
+@pytest.mark.parametrize(
+    ("solution", "most"),
+    [
+        # Padding of half a word a row and run, and 4 bytes a channel where there is more than one run.
+        (quantized(512, 768, (4,), "zero-point"), 1.0),
+        (quantized(512, 768, (2, 3, 4, 6, 8), "zero-point"), 1.035),
+        # 4 bytes a row and run say where it starts.
+        (quantized(512, 768, (4,), "zero-free", 0.5), 1.015),
+        (quantized(512, 768, (4,), "zero-free", (2, 4)), 1.0),
+        (quantized(512, 768, (2, 3, 4, 6, 8), "zero-free", 0.5), 1.1),
+    ],
+    ids=["dense", "mixed", "bitmap", "pattern", "bitmap, mixed"],
+)
+def test_fixed_widths_take_the_bytes_of_the_file_and_little_more(solution, most):
+    packed = pack_weight(solution)
+    assert packed.nbytes <= reside(packed).nbytes <= most * packed.nbytes
+
+
+def test_three_coded_bits_take_four_and_a_half_in_memory():
+    solution = coded(1024, 1024, 1.85)
+    packed = pack_weight(solution)
+    assert 2.95 < 8 * packed.nbytes / 2**20 < 3.05
+    assert reside(packed).nbytes * 8 < 4.5 * 2**20
+
+
+def test_codes_far_out_are_kept_apart_and_do_not_widen_their_columns():
+    near, far = (reside(pack_weight(coded(600, 64, 1.3, far))) for far in (0, 8))
+    assert far.tensors["words"].nbytes <= near.tensors["words"].nbytes
+    assert int((far.tensors["apart"].abs() == 2**24 - 1).sum()) == 8
+
+
+@pytest.mark.parametrize("shape", [(3, 44), (45,), (MOST_ROWS + 1, 45)])
+def test_inputs_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"x must be \[n, in_features\] with n <= 8 and in_features = 45, got \["):
+        reside(pack_weight(quantized(9, 45, (4,), "zero-point"))).matvec(torch.zeros(shape))
