@@ -75,7 +75,7 @@ class RunState:
     def to_checkpoint(self) -> dict[str, Any]:
         """Return what `from_checkpoint` reads: tensors, and JSON in one text; of a complete run that it is complete."""
         if self.target is not None:
-            return {"version": VERSION, "record": json.dumps({"target": self.target})}
+            return {"version": VERSION, "record": json.dumps({"target": self.target, "settings": self.settings})}
         stored = {**self.embeddings, **self.solved}
         plain = ("settings", "place", "finished", "label", "text", "perplexity", "seconds", "block_seconds", "error")
         record: dict[str, Any] = {name: getattr(self, name) for name in plain}
@@ -109,7 +109,7 @@ class RunState:
             )
         record = json.loads(values["record"])
         if "target" in record:
-            return cls({}, target=record["target"])
+            return cls(record["settings"], target=record["target"])
         stored = {
             name: SolvedLinear(
                 PackedWeight(WeightSpec.from_dict(entry["spec"]), values["weights"][name]),
@@ -201,7 +201,8 @@ def run_place(trainer: Trainer) -> dict[str, Any]:
 def begin(trainer: Trainer, settings: Mapping[str, Any], resumed: RunState | None) -> RunState:
     """Return the state with which a run of these settings begins, or goes on from the Trainer's checkpoint.
 
-    Warns if it goes on in another place: its files may differ from those of a run that was not stopped.
+    Warns if the checkpoint is of another run that is complete, and if it goes on in another place: then its files may
+    differ from those of a run that was not stopped.
 
     Raises:
         ValueError: there is a checkpoint, but no state in it, or of a run that is complete, or that had other settings.
@@ -210,6 +211,9 @@ def begin(trainer: Trainer, settings: Mapping[str, Any], resumed: RunState | Non
         return RunState(settings, run_place(trainer))
     if resumed is None:
         raise ValueError(f"{trainer.ckpt_path} {_NO_STATE}")
+    if resumed.target is not None and resumed.settings != settings:
+        warnings.warn(f"the run of {trainer.ckpt_path} is complete and was another one: this one begins", stacklevel=2)
+        return RunState(settings, run_place(trainer))
     if resumed.target is not None:
         raise ValueError(
             f"the run of {trainer.ckpt_path} is complete, and its model was written to {resumed.target}. Leave "

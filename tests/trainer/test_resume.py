@@ -1,19 +1,24 @@
 """A run that was stopped goes on from its checkpoint, and ends in the files of one that was not."""
 
+import contextlib
+import csv
 import json
 import re
 import resource
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from models_for_tests import make_model
+from lightning.pytorch.loggers import CSVLogger
+from models_for_tests import make_model, make_padded_batches
 from readme_runs import ROOT, SIZES, blocks, cut_down, run_main
 from runs_for_tests import make_loader, make_trainer
+from torch.utils.data import DataLoader
 
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.models.identity import config_digest, weights_digest
@@ -99,7 +104,7 @@ def written(root):
 @pytest.mark.parametrize(
     ("recipe", "mode", "epochs", "batches"),
     [
-        (BEST, "sequential", 1 + 1, 1),  # an epoch of gradients comes first
+        (BEST, "sequential", 1 + 2, 1),  # an epoch of gradients comes first
         (MODEL_SCOPE, "sequential", 1 + 1, 0),
         (SIZED, "sequential", 1 + 2, 1),
         (BEST, "one-shot", 1, 0),
@@ -108,12 +113,13 @@ def written(root):
 )
 def test_a_run_that_was_stopped_ends_in_the_files_of_one_that_was_not(tmp_path, recipe, mode, epochs, batches):
     whole, parts, seen = tmp_path / "whole", tmp_path / "parts", FirstEpoch()
-    fit(whole, recipe, mode=mode)
-    stop(parts, recipe, epochs=epochs, batches=batches, mode=mode)
+    padded = DataLoader(make_padded_batches(3), batch_size=None)
+    fit(whole, recipe, mode=mode, calibrates=padded)
+    stop(parts, recipe, epochs=epochs, batches=batches, mode=mode, calibrates=padded)
     assert not (parts / "model").exists()
-    fit(parts, recipe, seen, mode=mode, ckpt_path="last")
+    fit(parts, recipe, seen, mode=mode, calibrates=padded, ckpt_path="last")
     assert written(parts) == written(whole)
-    assert (seen.epoch, seen.step) == (epochs, 2 * epochs)
+    assert (seen.epoch, seen.step) == (epochs, 3 * epochs)
     assert seen.measured == ["compressed"]  # the dense model is not measured twice
 
 
@@ -134,6 +140,23 @@ def test_lightnings_own_checkpoint_keeps_every_block_and_goes_on_too(tmp_path):
     fit(tmp_path, PRUNED, ModelCheckpoint(own, "block", save_last=True), ckpt_path="last")
     fit(tmp_path / "whole", PRUNED)
     assert written(tmp_path) == written(tmp_path / "whole")
+
+
+def test_the_logs_of_a_run_that_goes_on_are_those_of_the_whole_run(tmp_path):
+    def log(root, *others, **settings):
+        logger = CSVLogger(root, name=None)
+        callback = SparseGPTCallback(PRUNED, save_dir=str(root / "model"), validate_every_block=True)
+        callbacks = [callback, LastCheckpoint(), *others]
+        trainer = make_trainer(root, *callbacks, logger=logger, enable_checkpointing=True)
+        with contextlib.suppress(IncompleteRunError):
+            trainer.fit(module(), make_loader(), make_loader(seed=1), **settings)
+        rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+        return [(int(row["step"]), name, row[name]) for row in rows for name in row if row[name] and name != "step"]
+
+    whole, begun = log(tmp_path / "whole"), log(tmp_path / "parts", Stop(2))
+    went_on = log(tmp_path / "parts", ckpt_path="last")
+    assert len(begun) < len(whole)
+    assert sorted(went_on) == sorted(whole)
 
 
 def test_a_run_that_was_stopped_before_its_first_block_ended_begins_anew(tmp_path):
@@ -184,9 +207,11 @@ def test_a_new_run_in_the_same_place_warns_before_it_replaces_the_checkpoint(tmp
 
 def test_a_complete_run_says_so_and_nothing_else_is_kept_of_it(tmp_path):
     fit(tmp_path, PRUNED)
-    assert (tmp_path / "checkpoints/last.ckpt").stat().st_size < 5_000
+    assert (tmp_path / "checkpoints/last.ckpt").stat().st_size < 10_000
     with pytest.raises(ValueError, match=f"is complete, and its model was written to {tmp_path / 'model'}"):
         fit(tmp_path, PRUNED, ckpt_path="last")
+    with pytest.warns(UserWarning, match="is complete and was another one: this one begins"):
+        fit(tmp_path, PRUNED, mode="one-shot", ckpt_path="last")
     fit(tmp_path, PRUNED)  # and does not warn
 
 
