@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgpt_lightning.calibration.checks import least_bytes
@@ -250,7 +250,7 @@ class SparseGPTCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave out weights of a model that is not whole, and how much of `max_time` this process has used."""
         checkpoint["callbacks"].pop("Timer", None)
-        if self.state.settings and (self.state.target is None or trainer.training):
+        if self.state.settings and (self.state.target is None or trainer.state.status != TrainerStatus.FINISHED):
             checkpoint["state_dict"] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.checkpoint_io import WholeCheckpointIO
@@ -73,7 +74,12 @@ class LastCheckpoint(ModelCheckpoint):
             self._keep(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what was solved, and say on the exception how to go on."""
+        """Write what was solved, and say on the exception how to go on; of a complete run, that it is."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if _callback(trainer).state.target is not None:
+            self.on_train_end(trainer, pl_module)
+            return
         self._keep(trainer)
         if self.kept:
             path = str(self.path(trainer))
@@ -82,6 +88,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say in the file that the run is complete."""
         self._write(trainer)
+        self.kept, self.label = 0, ""
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Do nothing: what there is to keep changes at the end of an epoch only."""
@@ -112,7 +119,7 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(self.path(trainer))
         except OSError as error:
             then = f"the earlier one, of {self.label}, is as it was" if self.kept else "there is none yet"
-            warnings.warn(f"{error}; {then}, and the run goes on", stacklevel=2)
+            warnings.warn(f"{error}; {then}", stacklevel=2)
             return False
         self._written = time.monotonic()
         self._seconds = self._written - started

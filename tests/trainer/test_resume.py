@@ -215,6 +215,31 @@ def test_a_complete_run_says_so_and_nothing_else_is_kept_of_it(tmp_path):
     fit(tmp_path, PRUNED)  # and does not warn
 
 
+class FailAtTheEnd(Callback):
+    """Stands for a reader of stdout that has gone away."""
+
+    def on_fit_end(self, trainer, pl_module):
+        raise BrokenPipeError("nobody reads on")
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.state.fn == "validate":
+            raise BrokenPipeError("nobody reads on")
+
+
+def test_what_fails_after_the_model_was_written_changes_no_checkpoint(tmp_path):
+    callback = SparseGPTCallback(PRUNED, save_dir=str(tmp_path / "model"))
+    trainer = make_trainer(tmp_path, callback, FailAtTheEnd(), LastCheckpoint(), enable_checkpointing=True)
+    compressed = module()
+    with pytest.raises(BrokenPipeError) as raised:
+        trainer.fit(compressed, make_loader(), make_loader(seed=1))
+    assert not hasattr(raised.value, "__notes__")
+    before = (tmp_path / "checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(BrokenPipeError):
+        trainer.validate(compressed, make_loader())
+    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == before
+    assert len(before) < 10_000
+
+
 def test_blocks_are_not_kept_where_that_would_cost_more_than_its_share(tmp_path, monkeypatch):
     writes = []
 
@@ -336,7 +361,7 @@ def test_a_full_disk_is_warned_of_and_the_earlier_checkpoint_goes_on(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_warned_of_and_the_run_is_completed(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.warns(UserWarning, match="last.ckpt was not written .*; there is none yet, and the run goes on"):
+    with pytest.warns(UserWarning, match="last.ckpt was not written .*; there is none yet"):
         fit(tmp_path, PRUNED)
     load_compressed(tmp_path / "model")
 
