@@ -166,7 +166,8 @@ class Run:
 
     def __init__(self, root: Path, name: str, model: str | None) -> None:
         self.root, self.name, self.model = root, name, model
-        self.begun = False
+        self.seconds = 0.0
+        """That the last process took."""
 
     def go(self, seconds: float | None = None, moment: str | None = None, nth: int = 1) -> bool:
         """Begin the run or go on with it, in a new process; tell whether it came to its end.
@@ -193,8 +194,10 @@ class Run:
                         stack.enter_context(mock.patch.object(owner, attribute, replaced))
                 fit(self.root, self.name, self.model, path)
 
+        started = time.monotonic()
         pid = forked(self.root, work)
         ended = _wait(pid, seconds)
+        self.seconds = time.monotonic() - started
         if ended is None:
             os.kill(pid, signal.SIGKILL)
             ended = os.waitpid(pid, 0)[1]
@@ -254,17 +257,20 @@ def main() -> None:
                 root.mkdir()
                 return Run(root, name, arguments.model)
 
-            whole, started = new("whole"), time.monotonic()
+            whole = new("whole")
             assert whole.go()
             import_all((whole.root / "modules").read_text().split("\n"))
-            took = time.monotonic() - started
+            took = whole.seconds
             share = arguments.kills // len(arguments.runs) + (position < arguments.kills % len(arguments.runs))
             kills, complete, differ = _kill_one(new("moments"), whole, arguments.moments), 1, 0
             differ += kills.pop("differ")
             while kills["random"] < share:
-                run = new(f"random-{complete}")
+                run, killed = new(f"random-{complete}"), 0
                 while kills["random"] < share and not run.go(seconds=dice.random() * took):
                     kills["random"] += 1
+                    killed += 1
+                if not killed:
+                    took = run.seconds  # imports are done, and other work may have begun or ended
                 if kills["random"] >= share and not (run.root / "model").exists():
                     assert run.go()
                 differ += bytes_that_differ(run.written(), whole.written())
