@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.checkpoint.save import save_compressed as save_compressed
     from sgpt_lightning.evaluation.evaluate import evaluate as evaluate
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
+    from sgpt_lightning.export.export import export_model as export_model
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import Recipe as Recipe
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
+    from sgpt_lightning.trainer.keep_sparsity import KeepSparsity as KeepSparsity
     from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint as LastCheckpoint
     from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
@@ -33,6 +35,7 @@ _HOME = {
     "CausalLMModule": "trainer.module",
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
+    "KeepSparsity": "trainer.keep_sparsity",
     "LastCheckpoint": "trainer.last_checkpoint",
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
@@ -44,6 +47,7 @@ _HOME = {
     "TextDataModule": "trainer.data",
     "compress": "calibration.compress",
     "evaluate": "evaluation.evaluate",
+    "export_model": "export.export",
     "load_compressed": "checkpoint.load",
     "load_model": "checkpoint.any_model",
     "save_compressed": "checkpoint.save",

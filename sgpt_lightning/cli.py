@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from sgpt_lightning.suggest import did_you_mean
 
-COMMANDS = ("fit", "validate", "inspect")
+COMMANDS = ("fit", "validate", "inspect", "export", "generate", "benchmark")
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
 GRACE_SECONDS = 5.0
 """Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
@@ -31,6 +31,9 @@ HELP = """usage: sgpt COMMAND ...
   sgpt fit --config FILE       compress a model: perplexity, calibrate, solve, perplexity, save
   sgpt validate --config FILE  perplexity of a dense or compressed model (--model.path DIRECTORY)
   sgpt inspect DIRECTORY       what a compressed model holds: bytes, plan per linear, perplexities (--json for programs)
+  sgpt export DIRECTORY OUT    write it for other programs (--format dense-hf | compressed-tensors | state-dict)
+  sgpt generate DIRECTORY --prompt TEXT  what it writes, beside the dense model (--tokens N, --dense MODEL)
+  sgpt benchmark DIRECTORY     tokens a second and memory, dense against packed (--json for programs)
 
 `sgpt COMMAND --help` lists the settings of a command; `sgpt --version` says which version this is."""
 
@@ -50,6 +53,68 @@ def inspect(arguments: Sequence[str]) -> None:
 
     manifest = check_compressed(options.directory)
     print(json.dumps(report_dict(manifest), indent=1) if options.json else inspection(options.directory, manifest))
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a compressed directory for other programs and print what became of it; raises as `export_model`."""
+    parser = argparse.ArgumentParser("sgpt export", description="Write a compressed model for other programs.")
+    parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
+    parser.add_argument("output", type=Path, help="a directory to make; for state-dict, a file")
+    parser.add_argument("--format", default="dense-hf", help="dense-hf (default), compressed-tensors or state-dict")
+    parser.add_argument("--dtype", help="of floating-point tensors; default: the one the model was evaluated in")
+    parser.add_argument("--lossy", action="store_true", help="round values that the dtype cannot hold")
+    options = parser.parse_args(list(arguments))
+    from sgpt_lightning.export.export import export_model
+    from sgpt_lightning.export.summary import summary
+    from sgpt_lightning.models.hub import silence_transformers
+
+    silence_transformers()
+    done = export_model(options.directory, options.output, options.format, dtype=options.dtype, lossy=options.lossy)
+    print(summary(done))
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Print the text of a compressed model beside the dense model's; raises as `generate_beside`."""
+    parser = argparse.ArgumentParser(
+        "sgpt generate", description="Continue a prompt with the compressed and the dense model."
+    )
+    parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default 64)")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model; default: the one the manifest names")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws where the temperature is not 0")
+    options = vars(parser.parse_args(list(arguments)))
+    from sgpt_lightning.inference.generate import generate_beside, show
+    from sgpt_lightning.models.hub import silence_transformers
+
+    silence_transformers()
+    print(show(options["directory"], generate_beside(**options)))
+
+
+def benchmark(arguments: Sequence[str]) -> None:
+    """Print how fast a compressed model is, dense and packed; raises as `inference.benchmark.benchmark`."""
+    parser = argparse.ArgumentParser("sgpt benchmark", description="Measure speed and memory, dense against packed.")
+    parser.add_argument("directory", type=Path, help="a directory that `sgpt fit` wrote")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences at once (default 1 8)")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of a prompt (default 512)")
+    parser.add_argument("--decode", type=int, default=16, help="tokens that are written after it (default 16)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median counts (default 3)")
+    parser.add_argument("--resident", nargs="+", choices=("packed", "coded"), default=["packed"], help="against dense")
+    parser.add_argument("--device", help="of torch; default: a GPU where there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(list(arguments))
+    from sgpt_lightning.inference.benchmark import Workload
+    from sgpt_lightning.inference.benchmark import benchmark as measure
+    from sgpt_lightning.inference.speed_table import speed_tables
+    from sgpt_lightning.models.hub import silence_transformers
+
+    silence_transformers()
+    sizes = {name: getattr(options, name) for name in ("prefill", "decode", "repeats", "seed")}
+    work = Workload(batches=tuple(options.batches), residents=tuple(options.resident), **sizes)
+    found = measure(options.directory, work, options.device)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else speed_tables(found))
 
 
 def main() -> None:
@@ -107,8 +172,9 @@ def _end_wrong(error: BaseException) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    if arguments[0] == "inspect":
-        return inspect(arguments[1:])
+    own = {"inspect": inspect, "export": export, "generate": generate, "benchmark": benchmark}
+    if arguments[0] in own:
+        return own[arguments[0]](arguments[1:])
     from sgpt_lightning.trainer.cli import run
 
     return run()

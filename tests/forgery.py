@@ -127,7 +127,7 @@ def damage(chance: random.Random, directory: Path, others: list[Path]) -> str:
         content = bytearray((chance.choice(others) / path.name).read_bytes())
     if action == "remove":
         path.unlink()
-    elif action == "field" and path.name != WEIGHTS:
+    elif action == "field" and path.suffix == ".json":
         edit_json(path, lambda content: set_a_random_field(chance, content))
     else:
         path.write_bytes(content)

@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SIZES = ["--model.seq_len", "64", "--data.num_samples", "16", "--data.eval_windows", "2", "--data.batch_size", "4"]
 
+CUT = {"fit": SIZES, "validate": SIZES, "benchmark": ["--prefill", "16", "--decode", "2", "--repeats", "1"]}
+"""Options by which the work of a command is cut down."""
+
 
 class Run(NamedTuple):
     """What one command printed."""
@@ -63,4 +66,4 @@ def run_readme(directory: Path) -> list[Run]:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sgpt ")]
     with contextlib.chdir(directory):
         commands = [shlex.split(line)[1:] for line in lines]
-        return [run_main(*command, *([] if command[0] == "inspect" else SIZES)) for command in commands]
+        return [run_main(*command, *CUT.get(command[0], [])) for command in commands]

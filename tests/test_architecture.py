@@ -15,8 +15,9 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "packed",
-    "checkpoint", "hf", "text", "evaluation", "calibration", "report", "sparsegpt", "trainer", "cli", "__main__",
+    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
+    "packed", "checkpoint", "hf", "export", "inference", "text", "evaluation", "calibration", "sparsegpt", "trainer",
+    "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
 FORBIDDEN = (
@@ -27,6 +28,8 @@ FORBIDDEN = (
     ("packed", {"lightning", "transformers", "safetensors"}),
     ("hf", {"lightning", "sgpt_lightning.core.solver"}),
     ("checkpoint", {"lightning", "sgpt_lightning.core.solver"}),
+    ("export", {"lightning", "compressed_tensors", "sgpt_lightning.core.solver"}),
+    ("inference", {"lightning", "safetensors", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
     ("sparsegpt", {"lightning", "transformers"}),

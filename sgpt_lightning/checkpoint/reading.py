@@ -8,7 +8,7 @@ file from elsewhere. Every fault is a CheckpointError that names the file.
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,19 +65,19 @@ class Described(NamedTuple):
     """The file that says how weights are packed."""
 
 
-def read_description(path: Path, names: Collection[str] | None = None) -> Described:
+def read_description(path: Path, checked: Callable[[str], bool] = lambda name: True) -> Described:
     """Read the manifest and what `config.json` says of the weights, and check the files against them.
 
     Args:
         path: a compressed model's directory, of any version.
-        names: the files to check, besides `config.json`; all if None.
+        checked: tells whether a file is to be checked, by its name; `config.json` always is.
 
     Raises:
         CheckpointError: there is no manifest, files are missing, truncated or changed, disagree, or bring code.
     """
     manifest, description = read_manifest(path)
     file = path / MANIFEST
-    check_files(path, manifest, names and {*names, CONFIG})
+    check_files(path, manifest, [name for name in manifest.files if name == CONFIG or checked(name)])
     code = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if code:
         raise CheckpointError(
@@ -88,6 +88,8 @@ def read_description(path: Path, names: Collection[str] | None = None) -> Descri
         with naming(path / CONFIG):
             description = Description.from_dict(json.loads((path / CONFIG).read_bytes())["quantization_config"])
         file = path / CONFIG
+        if description.weights not in manifest.files:
+            raise CheckpointError(f"{path / MANIFEST} does not list {description.weights}; copy both again")
     _check_agreement(path, manifest, description)
     return Described(manifest, description, file)
 

@@ -3,9 +3,9 @@
 A directory holds `config.json`, whose `quantization_config` names this format and its version and says what a reader
 needs (`format/description.py`: a specification per packed weight, aliases of tied tensors, how the model was
 evaluated), `sgpt.safetensors` (past 5 GB `sgpt-00001-of-0000N.safetensors` ... and an index), `sgpt_manifest.json`,
-`generation_config.json`, and the tokenizer's files. Which tensors there are is written down in `contents.py`. The
-manifest holds sizes and SHA-256 of all other files, and of itself (`format/manifest.py`), and what a person wants to
-know (recipe, report per linear and embedding, ledger, perplexities with their protocols).
+`generation_config.json`, the tokenizer's files, and `README.md`, the model card. Which tensors there are is written
+down in `contents.py`. The manifest holds sizes and SHA-256 of all other files, and of itself (`format/manifest.py`),
+and what a person wants to know (recipe, report per linear and embedding, ledger, perplexities with their protocols).
 
 Where sgpt_lightning is not imported, transformers does not know the format: it would make up the linears at random. So
 there is no `model.safetensors`, and `transformers_weights` in `config.json`, where it looks for the name of the
@@ -17,6 +17,7 @@ Reading is `reading.py`'s and `load.py`'s, replacing a directory `format/directo
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from sgpt_lightning.format.manifest import FileEntry, Manifest
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.source import CARD, source_of
+from sgpt_lightning.report.card import model_card
 
 MAX_SHARD_SIZE = "5GB"
 NO_PLAIN_WEIGHTS = "only sgpt_lightning reads this directory: import sgpt_lightning first, then load it again"
@@ -93,9 +96,11 @@ def save_compressed(
             linears={name: linear.report.to_dict() for name, linear in solved.items() if name in linears},
             embeddings={name: table.report.to_dict() for name, table in solved.items() if name not in linears},
             ledger=_ledger(partial, model, tensors, solved),
-            files={name: FileEntry.of(partial / name) for name in _files(partial)},
+            files={},
             run=dict(run or {}),
         )
+        (partial / CARD).write_text(model_card(manifest, source_of(manifest.record.model, model)), encoding="utf-8")
+        manifest = replace(manifest, files={name: FileEntry.of(partial / name) for name in _files(partial)})
         manifest.write(partial)
         _verify(partial, tensors)
     return manifest

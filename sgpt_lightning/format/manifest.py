@@ -140,17 +140,14 @@ def _content(directory: Path) -> dict[str, Any]:
     return content
 
 
-def check_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare files with the manifest, all that it lists unless some are named.
+def check_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compare files that the manifest lists with it.
 
     Raises:
         CheckpointError: the first that is missing or differs.
     """
-    for name in manifest.files if names is None else names:
-        expected = manifest.files.get(name)
-        path = directory / name
-        if expected is None:
-            raise CheckpointError(f"{path} is not in the list of {MANIFEST}; copy the whole directory again")
+    for name in names:
+        path, expected = directory / name, manifest.files[name]
         try:
             # Links are followed: the hub's cache is made of them, and the checksum pins what they lead to.
             if not path.is_file():

@@ -153,18 +153,22 @@ def reside(packed: PackedWeight, device: torch.device | str | None = None) -> Re
         ValueError: as `unpack_weight` does.
     """
     there = packed if device is None else packed.to(device)
-    solution, spec = unpack_solution(there), there.spec
+    return lay_out(unpack_solution(there), there)
+
+
+def lay_out(solution: Solution, packed: PackedWeight) -> Resident:
+    """Bring a solved matrix into the form in memory, where it is; of `packed`, a coded one needs the specification."""
     runs: tuple[Run, ...] = ()
     if isinstance(solution, Coded):
         runs, tensors = fields.of_coded(solution)
-    elif spec.layout != "dense":
-        runs, tensors = survivors.of_masked(solution, there)
+    elif packed.spec.layout != "dense":
+        runs, tensors = survivors.of_masked(solution, packed)
     elif isinstance(solution, Pruned):
         tensors = {"values": solution.values}
     else:
-        runs, tensors = fields.of_quantized(solution, there)
+        runs, tensors = fields.of_quantized(solution, packed)
     floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return Resident(spec, runs, floats, {name: _bits(tensor).contiguous() for name, tensor in tensors.items()})
+    return Resident(packed.spec, runs, floats, {name: _bits(tensor).contiguous() for name, tensor in tensors.items()})
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ in the same place. Whatever it is called, this is where `transformers_weights` g
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ from sgpt_lightning.checkpoint.reading import (
     read_headers,
     take_packed,
 )
-from sgpt_lightning.format.description import CONFIG, RESIDENT, WEIGHT_FILE, Description, Residence
+from sgpt_lightning.format.description import CONFIG, RESIDENT, SHARD_INDEX, WEIGHT_FILE, Description, Residence
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.packed.modules import pack_model, packed_modules, tied_to_packed, unpack_model
+
+OF_A_MODEL = re.compile(rf"{WEIGHT_FILE.pattern}|{re.escape(SHARD_INDEX)}|(generation_)?config\.json")
+"""Files that are read here; a tokenizer's are its own, and a card may be edited."""
 
 
 class SgptConfig(QuantizationConfigMixin):
@@ -80,7 +83,7 @@ class SgptQuantizer(HfQuantizer):
         self._resident = config.__dict__.pop("resident", RESIDENT)
         check_choice("resident", self._resident, Residence)
         if (path / MANIFEST).is_file():
-            self._check(path, None)
+            self._check(path, OF_A_MODEL.fullmatch)
         if (path / CONFIG).is_file():
             _check_counts(path)
         config.transformers_weights = self.description.weights
@@ -91,10 +94,10 @@ class SgptQuantizer(HfQuantizer):
 
     update_tp_plan = update_ep_plan = update_attn_implementation
 
-    def _check(self, path: Path, names: Sequence[str] | None) -> None:
-        """Check the files of a directory against its manifest, once."""
+    def _check(self, path: Path, checked: Callable[[str], Any]) -> None:
+        """Check files of a directory against its manifest, once."""
         if self._checked != path.resolve():
-            read_description(path, names)
+            read_description(path, checked)
             self._checked = path.resolve()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -105,7 +108,8 @@ class SgptQuantizer(HfQuantizer):
             raise ValueError(f"a compressed model is loaded from the files of its directory, got {files!r}")
         path = files[0].parent
         if (path / MANIFEST).is_file():
-            self._check(path, [file.name for file in files])
+            names = {file.name for file in files}  # in the hub's cache the others need not be there
+            self._check(path, names.__contains__)
         stored = read_headers(files)
         rest = dict(stored)
         packed = take_packed(rest, self.description, path / CONFIG)
@@ -157,6 +161,7 @@ class SgptQuantizer(HfQuantizer):
             if module.holder is module:
                 with blaming(self._source.path / CONFIG, name):
                     module.reside()
+        model.requires_grad_(False)  # or autograd keeps every weight that a forward unpacks
         self._source.remember(model)
         save_as_loaded(model, self._source)
         return model

@@ -1,1 +1,1 @@
-"""Triton: loops over the columns of a tile, and streams of codes read and written; imports nothing of ours."""
+"""Triton: loops over the columns of a tile, streams of codes, products with packed weights; imports nothing of ours."""

@@ -96,7 +96,11 @@ def _ones(mask):
     return ((sixteens + (sixteens >> 16)) & 63).to(tl.int32)
 
 
-@triton.jit
+_NUMBERS = ["rows", "columns", "segments", "first", "count", "segment", "out_features"]
+_POINTERS = ["x", "out", "words", "mask", "starts", "order", "row_order", "span", "origin"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _masked(
     x, out, words, mask, starts, order, row_order, span, origin,
     rows, columns, segments, first, count, segment, out_features,

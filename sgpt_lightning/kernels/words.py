@@ -3,6 +3,9 @@
 Blocks are `[rows, lanes]`: a warp has 32 lanes of a row, so it reads 32 neighbouring words, and all that is
 known of a field but its word is known when the kernel is compiled.
 
+Numbers and pointers of a launch are not specialized upon (`do_not_specialize`): each linear of a model has others, and
+would have Triton compile the same kernel again for some seconds.
+
 Importing this needs Triton.
 """
 
@@ -55,6 +58,11 @@ class Band(NamedTuple):
     """int32, these codes."""
     apart_tiles: Tensor | None
     """How many lie before rows 0, 16, 32, ... and in all."""
+
+
+def is_looped(band: Band, run: Run) -> bool:
+    """Whether a program counts through the fields of a lane rather than has each as an instruction of its own."""
+    return run.bits > 8 or band.group_size > 0
 
 
 def pointers(band: Band) -> list[Any]:
@@ -130,7 +138,7 @@ def field(a, b, c, d, e, f, g, h, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def wide_field(base, lane, columns, inside, j, bits):
-    """Field j of each lane at a width that is not known when the kernel is compiled, at most 25 bits."""
+    """Field j of each lane, where j is not known when the kernel is compiled; of at most 25 bits."""
     lanes = columns // 32
     word, shift = j * bits // 32, j * bits % 32
     held = held_by(lane, columns)

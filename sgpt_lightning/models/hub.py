@@ -56,3 +56,10 @@ def hub_help(wanted: str, problem: str, remedy: str) -> str:
         "  - with a network: check it, and a proxy if there is one; HF_HUB_OFFLINE must not be set\n"
         f"  - without a network: {remedy}; what the hub's cache holds is found there by itself"
     )
+
+
+def silence_transformers() -> None:
+    """Switch off the bars for loading and writing weights, which take a second a gigabyte; for commands."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -13,7 +13,8 @@ Resident `coded`, a module has the file's tensors. Resident `packed`, it has the
 place: a table then unpacks only the rows that are looked up, and a linear on a GPU takes the product of a few rows
 straight from the codes, which adds up in another order than a matrix product does. On the CPU both compute the same.
 
-Left out: gradients to packed weights, and resizing of packed tables.
+Left out: gradients to packed weights, and resizing of packed tables. Where a gradient flows through a packed linear,
+autograd keeps the weight that was unpacked for it.
 """
 
 import functools
@@ -30,6 +31,15 @@ from sgpt_lightning.models.linears import is_conv1d
 
 STORED, IN_MEMORY = "weight_", "resident_"
 """How the names of buffers begin that are the file's, and those of `format/resident.py`."""
+
+
+QUICK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""dtypes that kernels unpack and multiply in."""
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Tell whether products with a few rows are taken straight from the codes: on a CPU they would not be the same."""
+    return x.is_cuda
 
 
 class Packed(nn.Module):
@@ -63,7 +73,8 @@ class Packed(nn.Module):
         if self.__dict__.get("_veiled"):
             return self._formed(torch.empty(self.spec.shape, dtype=self.compute_dtype, device="meta"))
         form = self.resident
-        matrix = unpack_weight(self.packed_weight) if form is None else form.weight()
+        rounded = self.compute_dtype if self.compute_dtype in QUICK_DTYPES else torch.float32
+        matrix = unpack_weight(self.packed_weight) if form is None else form.weight(rounded)
         return self._formed(matrix).to(self.compute_dtype).contiguous()
 
     def veil(self, veiled: bool) -> None:
@@ -98,7 +109,8 @@ class Packed(nn.Module):
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """Return the product with a few rows on a GPU, without the bias; None where it is to be taken otherwise."""
         form = self.resident
-        if form is None or not x.is_cuda or x.numel() > MOST_ROWS * x.shape[-1] or x.requires_grad:
+        few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and x.dtype in QUICK_DTYPES and not x.requires_grad
+        if form is None or not few or not on_gpu(x):
             return None
         return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 

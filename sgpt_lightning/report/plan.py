@@ -45,8 +45,7 @@ def rate_plan(linears: Iterable[LinearReport]) -> RatePlan | None:
     for linear in linears:
         found = _PLACE.fullmatch(linear.name)
         if found:
-            kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", found[2])
-            cells.setdefault((int(found[1]), kind), []).append(linear)
+            cells.setdefault((int(found[1]), _kind(found)), []).append(linear)
     if not cells:
         return None
     blocks, kinds = sorted({block for block, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
@@ -64,6 +63,27 @@ def plan_table(linears: Iterable[LinearReport]) -> str:
         for block, row in zip(plan.blocks, plan.bits, strict=True)
     ]
     return format_table(("block, bits/weight", *plan.headings), rows)
+
+
+def kind_table(linears: Iterable[LinearReport]) -> str:
+    """Return a row per kind of linear: how many there are, their true bits a weight and their share of zeros.
+
+    Empty if no name has a block in it.
+    """
+    kinds: dict[str, list[LinearReport]] = {}
+    for linear in linears:
+        if found := _PLACE.fullmatch(linear.name):
+            kinds.setdefault(_kind(found), []).append(linear)
+    rows = [(kind, str(len(its)), f"{true_bits(its):.2f}", f"{_zeros(its):.1%}") for kind, its in kinds.items()]
+    return format_table(("linear", "number", "bits/weight", "zeros"), rows) if rows else ""
+
+
+def _kind(place: re.Match[str]) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", place[2])
+
+
+def _zeros(linears: Sequence[LinearReport]) -> float:
+    return sum(linear.sparsity * linear.weights for linear in linears) / sum(linear.weights for linear in linears)
 
 
 def plan_figure(linears: Iterable[LinearReport]) -> "Figure | None":

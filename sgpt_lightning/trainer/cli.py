@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from sgpt_lightning.models.hub import silence_transformers
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
 from sgpt_lightning.trainer.callback import SparseGPTCallback
@@ -208,7 +209,7 @@ def run() -> None:
     # "max_epochs reached", advertisements, hardware that is not there: nobody asked.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.showwarning = show_warning
-    _silence_transformers()
+    silence_transformers()
     try:
         SGPTCli()
     except MisconfigurationException as error:
@@ -223,10 +224,3 @@ def run() -> None:
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line on stderr, above a progress bar and not into it."""
     Tqdm.write(f"sgpt: warning: {message}", file=sys.stderr)
-
-
-def _silence_transformers() -> None:
-    """Switch off the bar for loading weights, which takes less than a second a gigabyte."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

@@ -136,7 +136,9 @@ def test_files_have_the_permissions_that_the_umask_asks_for(umask, expected, tmp
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
-    assert {"sgpt.safetensors", "sgpt_manifest.json", "config.json", "generation_config.json"} == set(modes)
+    assert {"README.md", "sgpt.safetensors", "sgpt_manifest.json", "config.json", "generation_config.json"} == set(
+        modes
+    )
     assert set(modes.values()) == {expected}
 
 

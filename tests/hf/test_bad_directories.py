@@ -61,6 +61,11 @@ def size_of_weights(manifest: dict[str, Any]) -> None:
     manifest["ledger"]["other"] += 8
 
 
+def without_weights(manifest: dict[str, Any]) -> None:
+    del manifest["files"][WEIGHTS]
+    manifest["ledger"]["other"] = 0
+
+
 def tied_norms(directory: Path) -> None:
     """Let two tensors be one that transformers does not tie."""
     other = "model.decoder.layers.0.final_layer_norm.weight"
@@ -80,6 +85,7 @@ FAULTS: dict[str, tuple[str, Edit]] = {
     "an older version": ("load_compressed", described_as("format_version", value=5)),
     "a newer manifest": (MANIFEST, lambda d: forge(d, lambda manifest: manifest.update(format_version=7))),
     "a manifest that lies about sizes": (WEIGHTS, lambda directory: forge(directory, size_of_weights)),
+    "a manifest without weights": (WEIGHTS, lambda d: forge(d, without_weights)),
     "a manifest without a linear": (FC1, lambda d: forge(d, lambda manifest: manifest["linears"].pop(FC1) and None)),
     "a wrong shape": (NORM, with_tensors(lambda tensors: tensors.update({NORM: half(tensors[NORM])}))),
     "codes too few": (FC1, with_tensors(lambda tensors: tensors.update({CODES: half(tensors[CODES])}))),
@@ -137,6 +143,17 @@ def test_a_directory_without_a_manifest_is_read_and_saved_and_load_compressed_as
     for resident in ("packed", "dense"):
         with pytest.raises(CheckpointError, match=f"has no {MANIFEST}"):
             load_compressed(tmp_path / "again", resident=resident)
+
+
+def test_what_belongs_to_a_tokenizer_or_a_reader_may_be_edited_and_load_compressed_tells(forms, tmp_path):
+    shutil.copytree(forms[0] / "opt", tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("a card")
+    entry = {"bytes": 6, "sha256": ""}
+    forge(tmp_path / "out", lambda manifest: manifest["files"].update({"README.md": entry}))
+    (tmp_path / "out" / "README.md").write_text("an edited card")
+    assert torch.equal(logits(load(tmp_path / "out")), forms[1]["opt"])
+    with pytest.raises(CheckpointError, match=r"README\.md has 14 bytes"):
+        load_compressed(tmp_path / "out")
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
@@ -197,4 +214,4 @@ def test_random_damage_is_a_named_error_or_the_same_logits(forms, tmp_path):
         else:
             assert torch.equal(found, forms[1][name]), what
         shutil.rmtree(directory)
-    assert 0.7 * DAMAGES < errors < DAMAGES
+    assert 0.5 * DAMAGES < errors < DAMAGES  # files that are not read here may be damaged

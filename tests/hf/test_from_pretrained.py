@@ -55,6 +55,7 @@ def test_loading_moves_no_global_state_and_makes_a_frozen_kind_of_model_in_eval_
     model = load_compressed(forms[0] / "opt", resident="packed")
     assert torch.equal(torch.get_rng_state(), generator)
     assert not model.training
+    assert not load(forms[0] / "opt")(input_ids=PROBE).logits.requires_grad  # or weights would be kept for a backward
     with pytest.raises(ValueError, match="was compressed before"):
         compress(model, [{"input_ids": PROBE}], Recipe())
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sgpt_lightning.core.solution import Coded, Pruned
 from sgpt_lightning.format.packing import PackedWeight, pack_weight, unpack_weight
+from sgpt_lightning.format.resident import Resident
 from sgpt_lightning.packed.modules import Packed, pack_model, pack_module, packed_modules, unpack_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,6 +53,23 @@ def test_a_packed_linear_computes_what_the_dense_one_does(kind, reside):
     assert [name for name, _ in ours.named_parameters()] == ["bias"]
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_on_a_gpu_few_rows_are_multiplied_by_the_codes_and_many_by_the_weight(kind, monkeypatch):
+    monkeypatch.setattr("sgpt_lightning.packed.modules.on_gpu", lambda x: True)
+    packed, taken = coded(24, 40), []
+    dense = nn.Linear(40, 24) if kind is nn.Linear else Conv1D(24, 40)
+    nn.init.normal_(dense.bias)
+    ours = replaced(dense, packed, unpack_weight(packed) if kind is nn.Linear else unpack_weight(packed).T)
+    matvec = Resident.matvec
+    monkeypatch.setattr(Resident, "matvec", lambda form, x: (taken.append(len(x)), matvec(form, x))[1])
+    ours.reside()
+    for shape in ((1, 1, 40), (2, 4, 40), (3, 3, 40), (40,), (0, 40)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        # Sums of 40 float32 products in another order.
+        torch.testing.assert_close(ours(x), dense(x), rtol=1e-5, atol=1e-6)
+    assert taken == [1, 8, 1]
+
+
 @pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize("reside", [False, True])
 def test_a_packed_table_looks_up_what_the_dense_one_does(reside, tokens):
@@ -71,7 +89,7 @@ def test_a_packed_table_looks_up_what_the_dense_one_does(reside, tokens):
 def test_a_resident_table_unpacks_the_rows_that_are_looked_up_and_no_others(monkeypatch):
     ours = replaced(nn.Embedding(50, 16), coded(50, 16), torch.zeros(50, 16))
     ours.reside()
-    monkeypatch.setattr("sgpt_lightning.format.resident.Resident.weight", lambda self: pytest.fail("all were unpacked"))
+    monkeypatch.setattr("sgpt_lightning.format.resident.Resident.weight", lambda *_: pytest.fail("all were unpacked"))
     assert ours(torch.tensor([[7, 7, 3]])).shape == (1, 3, 16)
 
 

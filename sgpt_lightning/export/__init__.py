@@ -1,0 +1,1 @@
+"""A compressed directory, written for other programs: plain transformers, compressed-tensors, one file of tensors."""
