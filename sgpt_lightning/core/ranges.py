@@ -67,8 +67,18 @@ def search_grid(
     columns = _columns_of_segments(axis, widths, weight.shape[1], group_size)
     found = [_search_segment(of_segment(chosen), search) for chosen in columns]
     origin, span = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+    span = _raised(span)
     dtype = stored_dtype(span, origin)
     return Grid(kind, span.to(dtype), origin.to(dtype), int(widths.max()), group_size, axis)
+
+
+def _raised(span: Tensor) -> Tensor:
+    """Raise spans that float16 cannot hold as normal numbers, where these are a thousandth of the mean or less.
+
+    A segment of survivors that are nearly equal would cost all others float32.
+    """
+    least = torch.finfo(torch.float16).smallest_normal
+    return torch.where(least <= span.mean() / 1000, span.clamp_min(least), span)
 
 
 def _columns_of_segments(

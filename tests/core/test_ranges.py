@@ -7,7 +7,7 @@ import torch
 from oracles import correlated_inputs, damped, generator, levels, random_weight, row_errors, second_moment
 from torch import Tensor
 
-from sgpt_lightning.core.grids import Grid, dequantize_matrix
+from sgpt_lightning.core.grids import Grid, dequantize_matrix, quantize_matrix
 from sgpt_lightning.core.ranges import HIGH_SHRINKS, LOW_SHRINKS, refit_grid, search_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -373,3 +373,14 @@ def test_refitting_twice_changes_next_to_nothing(kind):
     twice = refit_grid(once, codes, widths, keep, target, hessian)
     assert torch.allclose(once.span, twice.span, atol=2e-6)  # float32
     assert torch.allclose(once.origin, twice.origin, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_survivors_that_are_nearly_equal_do_not_cost_all_others_float32_unless_all_weights_are_as_small(scale):
+    weight = random_weight(8, 16) * 100
+    weight[3] = torch.linspace(0.02, 0.02001, 16)
+    grid = search_grid("zero-free", weight * scale, torch.ones(16), same_width(16, 4))
+    assert grid.span.dtype == (torch.float16 if scale == 1 else torch.float32)
+    # float16 rounds the origin by 2^-11 of 0.02
+    stored = dequantize_matrix(quantize_matrix(weight * scale, same_width(16, 4), grid), same_width(16, 4), grid)
+    torch.testing.assert_close(stored[3], weight[3] * scale, rtol=4e-3, atol=0)
