@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
     from sgpt_lightning.trainer.keep_sparsity import KeepSparsity as KeepSparsity
+    from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint as LastCheckpoint
     from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
     "KeepSparsity": "trainer.keep_sparsity",
+    "LastCheckpoint": "trainer.last_checkpoint",
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",

@@ -3,8 +3,9 @@
 A perplexity that makes the model useless is told to everybody, as a warning.
 """
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -51,6 +52,21 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], d
                 figures["predicted_loss"] = report.predicted_loss
             logger.log_metrics({f"{key}/{kind}": value for key, value in figures.items()}, step=index + 1)
             _log_histogram(logger, f"bits/{kind}", report.bits_histogram, index + 1)
+
+
+def log_earlier(
+    loggers: Sequence[Logger],
+    perplexity: Mapping[str, Mapping[str, float]],
+    solved: Mapping[str, SolvedLinear],
+    decoder: DecoderBlocks,
+) -> None:
+    """Log what an earlier run did that this one goes on from; perplexities by state, as `RunRecord` has them."""
+    for state, measured in perplexity.items():
+        after = re.fullmatch(r"after (\d+) blocks", state)
+        if state != "compressed":
+            log_perplexity(loggers, measured, int(after[1]) if after else 0)
+    linears = decoder.linears()
+    log_linears(loggers, {name: linear for name, linear in solved.items() if name in linears}, decoder)
 
 
 def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:

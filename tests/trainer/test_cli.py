@@ -393,6 +393,8 @@ def test_sigterm_ends_with_143_and_a_true_line_about_the_model_that_was_there(te
     assert "Traceback" not in said
     if fingerprint(target) == before:
         assert last.endswith(f"; the earlier model in {target} is intact")
+        kept = "nothing was solved yet" if moment == "loading" else "--ckpt_path last` goes on from there"
+        assert kept in last
     else:
         assert moment == "saving"
         assert last.endswith(("is complete, and its model is in " + str(target), "too late, the run is complete"))
