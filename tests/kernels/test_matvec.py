@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [
     *({"widths": (bits,), "kind": "zero-point"} for bits in range(1, 9)),
     *({"widths": (4,), "kind": kind} for kind in ("offset", "zero-free")),
-    {"widths": (2, 3, 5), "kind": "zero-point"},
+    {"widths": (2, 3, 5, 8), "kind": "zero-point"},
     *({"widths": (3, 6), "kind": kind} for kind in ("offset", "zero-free")),
     {"widths": (3, 6), "kind": "offset", "axis": "output"},
     {"widths": (5,), "kind": "zero-point", "axis": "output"},
@@ -57,7 +57,7 @@ def interpreted(monkeypatch) -> Iterator[list[str]]:
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain: (launched.append(n), f(*a))[1])
     monkeypatch.setattr(masked, "ROWS", 16)
-    monkeypatch.setattr(matvec, "ROWS", dict.fromkeys(matvec.ROWS, 16))
+    monkeypatch.setattr(matvec, "rows_of", lambda *_: 16)
     monkeypatch.setattr(paths, "_refused", {})
     yield launched
     assert paths._refused == {}
@@ -149,12 +149,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sgpt_lightning.kernels import matvec, unpack
 
-types = {"x": "*fp16", "weight": "*fp16", "order": "*i16", "row_order": "*i16", "span": "*fp16", "origin": "*u8"}
-types |= dict.fromkeys(("out", "column_factors", "row_factors"), "*fp32")
-types |= dict.fromkeys(("words", "apart_at", "apart", "apart_tiles"), "*i32")
-fixed = {"N": 1, "ROWS": 4, "LANES": 32, "KIND": 1, "BITS": 3, "SECOND_BITS": 0, "WIDEST": 3, "GROUP": 0}
-fixed |= {"ORDERED": False, "ROW_ORDERED": False, "APART": False, "LOOPED": False}
-for kernel, options in ((matvec._matvec, {}), (unpack._unpack, {"enable_fp_fusion": False})):
+types = {"x": "*fp32", "weight": "*fp16", "order": "*i16", "row_order": "*i16", "span": "*fp16", "origin": "*u8"}
+types |= dict.fromkeys(("plain", "out", "carry", "factors", "column_factors", "row_factors"), "*fp32")
+types |= dict.fromkeys(("words", "places", "apart_at", "apart", "apart_tiles"), "*i32")
+fixed = {"N": 1, "ROWS": 4, "KIND": 1, "BITS1": 3, "BITS2": 0, "BITS3": 0, "LANES1": 128, "LANES2": 32, "LANES3": 32}
+fixed |= {"WIDEST": 3, "GROUP": 0, "COLUMNS": 256, "ORDERED": False, "ROW_ORDERED": False, "APART": False}
+for kernel, options in ((matvec._matvec, {"enable_fp_fusion": True}), (unpack._unpack, {"enable_fp_fusion": False})):
     constants = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
@@ -173,7 +173,7 @@ def test_compiled_for_a_gpu_a_weight_is_one_multiplication_and_unpacking_is_not_
     (fused, spilled, waits), (contracted, spilled_too, _) = [
         [int(number) for number in line.split()] for line in done.stdout.splitlines()
     ]
-    # 4 rows of 32 lanes of 32 fields among 128 threads, and a few for the row's step.
-    assert 32 <= fused <= 32 + 4
+    # 4 rows of 128 lanes of 32 fields among 128 threads, the sum of x, and a few for the row's step.
+    assert 4 * 32 <= fused <= 5 * 32 + 8
     assert (spilled, spilled_too, contracted) == (0, 0, 0)
     assert waits <= 8  # none of them within the loop over fields
