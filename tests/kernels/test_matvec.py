@@ -23,7 +23,7 @@ unpack = importlib.import_module("sgpt_lightning.kernels.unpack")
 masked = importlib.import_module("sgpt_lightning.kernels.masked")
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [
-    *({"widths": (bits,), "kind": "zero-point"} for bits in range(1, 9)),
+    *({"widths": (bits,), "kind": "zero-point"} for bits in (1, 3, 4, 8)),
     *({"widths": (4,), "kind": kind} for kind in ("offset", "zero-free")),
     {"widths": (2, 3, 5, 8), "kind": "zero-point"},
     *({"widths": (3, 6), "kind": kind} for kind in ("offset", "zero-free")),
@@ -32,7 +32,7 @@ QUANTIZED = [
     *({"widths": (3,), "kind": kind, "group": 13} for kind in ("zero-point", "zero-free")),
 ]
 MASKED = [
-    *({"widths": (bits,), "kind": "zero-free"} for bits in (1, 3, 4, 8)),
+    *({"widths": (bits,), "kind": "zero-free"} for bits in (1, 3)),
     {"widths": (5,), "kind": "zero-point"},
     {"widths": (3, 6), "kind": "offset"},
     {"widths": (2, 4), "kind": "zero-free", "axis": "output"},
@@ -42,9 +42,7 @@ QUANTIZED += [case | {"mask": 0.5} for case in MASKED]
 CASES: dict[str, Solution] = {str(case): quantized(13, 45, **case) for case in QUANTIZED}
 CASES |= {f"coded {spread}": coded(13, 45, spread) for spread in (0.3, 20.0, 3e3)}
 CASES["coded, some apart"] = coded(13, 45, 1.3, 8)
-UNPACKED = [
-    case for case in CASES if case not in (f"{{'widths': ({bits},), 'kind': 'zero-point'}}" for bits in (2, 4, 5, 7))
-]
+UNPACKED = [case for case in CASES if case not in (f"{{'widths': ({bits},), 'kind': 'zero-point'}}" for bits in (4,))]
 """Widths are cut by the same function for both kernels."""
 FEW = ["{'widths': (3,), 'kind': 'zero-point'}", "{'widths': (4,), 'kind': 'zero-free'}", "coded, some apart"]
 
