@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.evaluation.perplexity import Perplexity as Perplexity
     from sgpt_lightning.export.export import export_model as export_model
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
+    from sgpt_lightning.models.adapters import register_model as register_model
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
     from sgpt_lightning.recipe import Recipe as Recipe
     from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
     from sgpt_lightning.trainer.keep_sparsity import KeepSparsity as KeepSparsity
+    from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint as LastCheckpoint
     from sgpt_lightning.trainer.module import CausalLMModule as CausalLMModule
 
 _HOME = {
@@ -35,6 +37,7 @@ _HOME = {
     "CheckpointError": "format.directory",
     "ImportanceWeights": "presets",
     "KeepSparsity": "trainer.keep_sparsity",
+    "LastCheckpoint": "trainer.last_checkpoint",
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",
@@ -48,6 +51,7 @@ _HOME = {
     "export_model": "export.export",
     "load_compressed": "checkpoint.load",
     "load_model": "checkpoint.any_model",
+    "register_model": "models.adapters",
     "save_compressed": "checkpoint.save",
 }
 __all__ = list(_HOME)

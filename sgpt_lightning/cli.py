@@ -25,6 +25,8 @@ COMMANDS = ("fit", "validate", "inspect", "export", "generate", "benchmark", *ST
 TRACEBACK_SWITCH = "SGPT_TRACEBACK"
 GRACE_SECONDS = 5.0
 """Seconds that a run may take to end after SIGTERM; schedulers kill after ten or thirty."""
+GOES_ON = "goes on from there"
+"""What the note on an error says if a checkpoint was kept."""
 HELP = """usage: sgpt COMMAND ...
 
   sgpt fit --config FILE       compress a model: perplexity, calibrate, solve, perplexity, save
@@ -169,7 +171,8 @@ def _end_wrong(error: BaseException) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
         raise SystemExit(128 + signal.SIGPIPE) from error
     if isinstance(error, ValueError | OSError | ImportError) and not os.environ.get(TRACEBACK_SWITCH):
-        print(f"sgpt: error: {error}\n(set {TRACEBACK_SWITCH}=1 to see where)", file=sys.stderr)
+        kept = [f"{note}\n" for note in getattr(error, "__notes__", [])[-1:] if GOES_ON in note]
+        print(f"sgpt: error: {error}\n{''.join(kept)}(set {TRACEBACK_SWITCH}=1 to see where)", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -24,6 +24,7 @@ from sgpt_lightning.rules import LayerRule
 
 Scope = Literal["layer", "model"]
 Coding = Literal["fixed", "entropy"]
+OnFailure = Literal["error", "round"]
 
 MAX_BITS = 8
 
@@ -73,6 +74,11 @@ class Recipe:
     """Columns solved between two updates of the rest of the matrix."""
     parts: Mapping[str, bool | int | float] = field(default_factory=dict, hash=False)
     """Parts of the solve that differ from the preset's, by name; see `Parts`."""
+    on_failure: OnFailure = "error"
+    """What becomes of a linear that cannot be solved, after more damping and float64: `error` ends the run, `round`
+    rounds it plainly, to as many zeros and bits, and says so in every table (status `rounded`)."""
+    max_rounded: float = 0.1
+    """Share of the linears that may be rounded so; one more ends the run, naming them."""
     ignore: Sequence[str] = ()
     """Shell-style patterns of linears and embeddings to leave alone."""
     rules: Sequence[LayerRule] = ()
@@ -85,6 +91,9 @@ class Recipe:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_choice("preset", self.preset, Preset)
         check_choice("coding", self.coding, Coding)
+        check_choice("on_failure", self.on_failure, OnFailure)
+        if not 0 <= self.max_rounded <= 1:
+            raise ValueError(f"max_rounded is a fraction in [0, 1], 0.1 for 10 %, got {self.max_rounded}")
         self._check_size()
         self._resolve_coding()
         self._resolve_sparsity()
@@ -106,7 +115,7 @@ class Recipe:
         number, whole, listed = (int, float), (int,), (list, tuple)
         kinds: dict[str, tuple[type, ...]] = {
             **dict.fromkeys(("sparsity", "target_avg_bits", "target_bits_per_weight", "damp_percent"), number),
-            "embedding_bits": number,
+            **dict.fromkeys(("embedding_bits", "max_rounded"), number),
             "target_size": (str, int),
             **dict.fromkeys(("block_size", "group_size"), whole),
             **dict.fromkeys(("widths", "ignore", "rules"), listed),

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sgpt_lightning.arguments import parse_size
 from sgpt_lightning.calibration.embeddings import plan_embeddings
+from sgpt_lightning.calibration.fallbacks import Fallbacks
 from sgpt_lightning.calibration.file_size import rate_for_file
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.rates import BitBudget
 from sgpt_lightning.core.budget import least_bits
-from sgpt_lightning.core.solver import check_pattern
+from sgpt_lightning.core.checks import check_pattern
 from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
 from sgpt_lightning.models.embeddings import find_embeddings
 from sgpt_lightning.models.linears import weight_matrix
@@ -86,7 +87,9 @@ def plan_linears(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -
     if offenders:
         shown = offenders[:8] + ([f"and {len(offenders) - 8} more"] if len(offenders) > 8 else [])
         raise ValueError("the recipe does not fit the model:\n  " + "\n  ".join(shown))
-    plans = Plans(decoder, recipes, embeddings=plan_embeddings(model, recipe))
+    plans = Plans(
+        decoder, recipes, embeddings=plan_embeddings(model, recipe), fallbacks=Fallbacks(recipe, recipes.keys())
+    )
     return _with_budget(model, plans, recipe, storage_dtype)
 
 

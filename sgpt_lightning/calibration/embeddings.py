@@ -118,7 +118,7 @@ def write_embeddings(model: nn.Module, coded: Mapping[str, SolvedLinear]) -> Non
 
 def _code(name: str, weight: Tensor, bits: float, row_weights: Tensor | None) -> SolvedLinear:
     solution = round_table(weight, bits, coded_size, row_weights, name)
-    weights = torch.ones(1) if row_weights is None else row_weights[:, None]
+    weights = torch.ones(1, dtype=torch.float32) if row_weights is None else row_weights[:, None]
     difference, weights = (weight.double() - solution.weight()).square(), weights.to(weight.device)
     total = float((weights * weight.double().square()).sum())
     compressed = CompressedLinear(

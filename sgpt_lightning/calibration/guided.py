@@ -1,6 +1,6 @@
 """Calibration with gradients: one epoch of the dense model, forwards and backwards, before another calibration."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model, plan_rates
+from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.stages import BatchCount, Calibration, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, real_tokens
@@ -74,3 +75,12 @@ class GuidedCalibration:
         self.plans = replace(self.plans, recipes=recipes, row_weights=weights, budget=budget)
         self._next = self._then(self.plans)
         return {}
+
+    def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Take up the plans, and with them the calibration that follows."""
+        self.plans = progress.plans.restored(self.plans)
+        self._next = self._then(self.plans)
+        if progress.finished:
+            self._count.expect(progress.batches)
+            self._next.resume(progress.before(1), batches)
+            self.plans = self._next.plans  # one budget

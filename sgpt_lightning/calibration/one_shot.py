@@ -4,13 +4,14 @@ Cheaper and less exact than block by block: errors of earlier blocks are not see
 held at once. `true_sequential` and `alpha` are without effect: there is one pass, and it is the dense model's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import check_stored, solve_linears
 from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.format.records import SolvedLinear
@@ -38,9 +39,17 @@ class OneShotCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve every linear."""
-        self._collector.check()
+        if not self.plans.fallbacks.allowed:
+            self._collector.check()
         mark_compressed(self._model)
         linears = self._collector.linears
         solved = solve_linears(linears, self._collector, self.plans, self._storage_dtype)
         check_stored(linears, solved)
         return solved
+
+    def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write what was solved: all or nothing."""
+        self.plans = progress.plans.restored(self.plans)
+        if progress.finished:
+            mark_compressed(self._model)
+            progress.write(self.plans.linears())

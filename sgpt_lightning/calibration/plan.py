@@ -10,16 +10,20 @@ programming over budget units (`allocation.py`).
 Every point is priced in true bits: codes, mask, ranges, offsets and the width of each row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.calibration.fallbacks import Fallbacks
 from sgpt_lightning.calibration.rates import BitBudget, RateCurve, rate_curve, rates_at_one_price
 from sgpt_lightning.core.allocation import choose_points, greedy_curve
 from sgpt_lightning.core.budget import count_survivors, fixed_bits
+from sgpt_lightning.core.hessian import HessianError
 from sgpt_lightning.core.linear import relative_weights
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.problem import SharedInput
@@ -50,6 +54,8 @@ class Plans:
     """Bits that each embedding may take in all, by full name; those that stay as they are are missing."""
     file_bytes: int | None = None
     """Bytes that the whole weights file may have, where the budget follows from them."""
+    fallbacks: Fallbacks = field(default_factory=lambda: Fallbacks(Recipe(), ()))
+    """Linears that could not be solved and were rounded plainly, kept while linears are solved."""
 
     def linears(self, block: int | None = None) -> dict[str, nn.Module]:
         """Return the linears of one block, or of all, that something is to be done to."""
@@ -88,14 +94,15 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
     Raises:
         ValueError: the budget is below what the cheapest choice for every linear takes.
     """
-    budget = sum(_budget(job) for job in jobs.values())
     points: dict[str, list[_Point]] = {}
     inputs: SharedInput | None = None
     for name, job in jobs.items():
         inputs = SharedInput.of(job.statistics, inputs)
-        points[name] = _points(name, job, inputs)
+        with _unless_it_will_be_rounded(job):
+            points[name] = _points(name, job, inputs)
+    budget = sum(_budget(jobs[name]) for name in points)
     least = sum(min(point.bits for point in offers) for offers in points.values())
-    weights = sum(job.weight.numel() for job in jobs.values())
+    weights = sum(jobs[name].weight.numel() for name in points)
     if least > budget:
         raise ValueError(
             f"target_bits_per_weight must be at least {least / weights:.3f} for this model and these widths, "
@@ -106,7 +113,18 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
         [np.array([point.loss for point in offers]) for offers in points.values()],
         budget,
     )
-    return {name: points[name][index].recipe for name, index in zip(jobs, chosen, strict=True)}
+    alone = {name: replace(job.recipe, scope="layer", allocation="rows") for name, job in jobs.items()}
+    return alone | {name: points[name][index].recipe for name, index in zip(points, chosen, strict=True)}
+
+
+@contextmanager
+def _unless_it_will_be_rounded(job: LinearJob) -> Iterator[None]:
+    """Leave a linear out whose Hessian cannot be inverted, where the recipe allows it: it keeps bits of its own."""
+    try:
+        yield
+    except (HessianError, torch.linalg.LinAlgError):
+        if job.recipe.on_failure == "error":
+            raise
 
 
 def plan_rates(jobs: Mapping[str, LinearJob]) -> dict[str, float]:
@@ -123,9 +141,10 @@ def plan_rates(jobs: Mapping[str, LinearJob]) -> dict[str, float]:
     for name, job in jobs.items():
         inputs = SharedInput.of(job.statistics, inputs)
         relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
-        problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
-        curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
-    return rates_at_one_price(curves, sum(_budget(job) for job in jobs.values()))
+        with _unless_it_will_be_rounded(job):
+            problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
+            curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
+    return rates_at_one_price(curves, sum(_budget(jobs[name]) for name in curves)) if curves else {}
 
 
 def _budget(job: LinearJob) -> float:

@@ -7,7 +7,7 @@ price are those of plain rounding on the dense model's Hessian, which takes no s
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +80,17 @@ class BitBudget:
     def __init__(self, bits: Mapping[str, float]) -> None:
         self._bits = dict(bits)
         self._left = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return plain JSON values, from which `from_state` makes the same budget."""
+        return {"bits": dict(self._bits), "left": self._left}
+
+    @classmethod
+    def from_state(cls, values: Mapping[str, Any]) -> "BitBudget":
+        """Make the budget that `state` was asked of."""
+        budget = cls(values["bits"])
+        budget.add(values["left"])
+        return budget
 
     def __contains__(self, name: object) -> bool:
         return name in self._bits

@@ -10,7 +10,7 @@ dense model's hidden states are carried beside, through a copy of each block mad
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from sgpt_lightning.calibration.collector import (
     watched_inputs,
 )
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import check_stored, solve_linears
 from sgpt_lightning.calibration.stages import BatchCount, Stage
 from sgpt_lightning.format.records import SolvedLinear
@@ -64,14 +65,9 @@ class SequentialCalibration:
         """Carry the batch to the entrance of block `epoch`, then through it under watch."""
         self._count.add(epoch, batch_index)
         if epoch == 0:
-            batch, real = real_tokens(batch)
-            self._inputs.append(self._replay.prologue(batch))
-            self._real.append(real)
-            if self._follows_dense:
-                self._dense_hidden.append(self._inputs[-1].hidden)
+            self._enter(batch)
         else:
-            hidden, calls = self._inputs[batch_index]
-            self._inputs[batch_index] = PrologueOutput(self._replay.run(epoch - 1, hidden, calls[epoch - 1]), calls)
+            self._carry_on(epoch - 1, batch_index)
         if batch_index == 0:
             self._begin(epoch)
         self._collect(epoch, batch_index, last=len(self.stages[epoch].groups) == 1)
@@ -80,7 +76,8 @@ class SequentialCalibration:
         """Solve the linears of block `epoch`."""
         self._count.check(epoch)
         self._replay.check()
-        self._collector.check()
+        if not self.plans.fallbacks.allowed:
+            self._collector.check()
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
@@ -89,7 +86,8 @@ class SequentialCalibration:
                 self._collector = self._watching(epoch, names)
                 for batch_index in range(len(self._inputs)):
                     self._collect(epoch, batch_index, last=position + 1 == len(groups))
-                self._collector.check()
+                if not self.plans.fallbacks.allowed:
+                    self._collector.check()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         check_stored(self.plans.linears(epoch), solved)
         self._dense_block = None
@@ -98,6 +96,39 @@ class SequentialCalibration:
             for kept in (self._inputs, self._real, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
+
+    def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write what was solved, and carry the batches, in both models, as far as they were."""
+        self.plans = progress.plans.restored(self.plans)
+        self.plans.fallbacks.take_up(progress.solved)
+        if not progress.finished:
+            return
+        mark_compressed(self._model)
+        self._count.expect(progress.batches)
+        if progress.finished == len(self.stages):
+            progress.write(self.plans.linears())
+            return
+        for batch in batches:
+            self._enter(batch)
+        for block in range(progress.finished):
+            for index, hidden in enumerate(self._dense_hidden):
+                self._dense_hidden[index] = self._replay.run(block, hidden, self._inputs[index].calls[block])
+            progress.write(self.plans.linears(block))
+            for index in range(len(self._inputs) if block + 1 < progress.finished else 0):
+                self._carry_on(block, index)  # `observe` does it for the last
+
+    def _enter(self, batch: Mapping[str, Tensor]) -> None:
+        """Bring one more batch to the entrance of the first block."""
+        batch, real = real_tokens(batch)
+        self._inputs.append(self._replay.prologue(batch))
+        self._real.append(real)
+        if self._follows_dense:
+            self._dense_hidden.append(self._inputs[-1].hidden)
+
+    def _carry_on(self, block: int, batch_index: int) -> None:
+        """Carry a batch through a block that is compressed."""
+        hidden, calls = self._inputs[batch_index]
+        self._inputs[batch_index] = PrologueOutput(self._replay.run(block, hidden, calls[block]), calls)
 
     def _watching(self, epoch: int, names: Sequence[str]) -> InputCollector:
         """Return a collector for some linears of block `epoch`."""

@@ -1,8 +1,10 @@
 """Solve linears with the statistics of their inputs, and write what will be stored back into the model."""
 
+import copy
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,8 +12,9 @@ from torch import nn
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.file_size import entries_at_most, entries_of
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.core.nearest import round_plainly
 from sgpt_lightning.core.problem import SharedInput
-from sgpt_lightning.core.solution import CompressedLinear
+from sgpt_lightning.core.solution import CompressedLinear, SolveError
 from sgpt_lightning.core.solver import LinearToSolve, compress_linears
 from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.layout import PackedWeight
@@ -30,6 +33,11 @@ def solve_linears(
     """Solve each linear, write stored weight and bias into the module, and return what to store (see `check_stored`).
 
     Biases that take over a mean error are rounded to `storage_dtype`; they are stored with the rest of the model.
+
+    Raises:
+        HessianError: a Hessian cannot be inverted, and the recipe's `on_failure` is `error`.
+        SolveError: a result is no number or does not fit the model's dtype, and `on_failure` is `error`; or more
+            linears had to be rounded plainly than the recipe allows.
     """
     solved: dict[str, SolvedLinear] = {}
     inputs: SharedInput | None = None
@@ -42,8 +50,8 @@ def solve_linears(
             for name, limit in zip(names, bits, strict=True)
         ]
         compressed = compress_linears(matrices, inputs, recipe, storage_dtype, has_bias=has_bias, coded_size=coded_size)
-        for name, result in zip(names, compressed, strict=True):
-            solved[name] = _write_back(linears[name], name, result, storage_dtype)
+        for matrix, result in zip(matrices, compressed, strict=True):
+            solved[matrix.name] = _write(linears[matrix.name], matrix, result, plans, storage_dtype)
         if recipe.coding == "entropy":
             plans.budget.took({name: _bits_taken(name, solved[name].packed, plans.file_bytes) for name in names})
     return solved
@@ -68,6 +76,28 @@ def _bits_taken(name: str, packed: PackedWeight, file_bytes: int | None) -> floa
 
 def _has_bias(linear: nn.Module) -> bool:
     return getattr(linear, "bias", None) is not None
+
+
+def _write(
+    linear: nn.Module, matrix: LinearToSolve, result: CompressedLinear, plans: Plans, storage_dtype: torch.dtype
+) -> SolvedLinear:
+    """Write a solution back, or where the model's dtype cannot hold it and the recipe allows it, a plain rounding."""
+    name, recipe = matrix.name, plans.recipes[matrix.name]
+    if recipe.on_failure == "error":
+        return _write_back(linear, name, result, storage_dtype)
+    dense = copy.deepcopy(linear.state_dict())
+    try:
+        solved = _write_back(linear, name, result, storage_dtype)
+    except SolveError as error:
+        linear.load_state_dict(dense)
+        rounded = round_plainly(
+            matrix.weight, recipe, storage_dtype, bits=matrix.bits, coded_size=coded_size, name=name
+        )
+        result = replace(rounded, failure=str(error))
+        solved = _write_back(linear, name, result, storage_dtype)
+    if result.failure is not None:
+        plans.fallbacks.add(name, result.failure)
+    return solved
 
 
 def _write_back(linear: nn.Module, name: str, compressed: CompressedLinear, storage_dtype: torch.dtype) -> SolvedLinear:
@@ -96,7 +126,8 @@ def check_stored(linears: Mapping[str, nn.Module], solved: Mapping[str, SolvedLi
                 raise RuntimeError(f"what is stored of {name} does not unpack to the weights that it was solved to")
 
 
-def mean_error(solved: Iterable[SolvedLinear]) -> float:
-    """Mean relative error of some solved linears."""
+def mean_error(solved: Iterable[SolvedLinear]) -> float | None:
+    """Mean relative error of some solved linears, one at least; None if that of none is known."""
     errors = [linear.report.relative_error for linear in solved]
-    return statistics.fmean(error for error in errors if error is not None)
+    known = [error for error in errors if error is not None]
+    return statistics.fmean(known) if known or not errors else None

@@ -1,11 +1,12 @@
 """What every way to calibrate has in common: its stages, three steps, and the same batches in every epoch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.format.records import SolvedLinear
 
 
@@ -42,6 +43,14 @@ class Calibration(Protocol):
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve what the epoch was about, write it into the model, and return it by full name."""
 
+    def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Take up another calibration's place, before anything else; the model is dense.
+
+        Args:
+            progress: where it stood; the next call is `observe` of epoch `progress.finished`.
+            batches: the calibration batches, on the model's device; gone through once at most.
+        """
+
 
 class BatchCount:
     """Holds every epoch to the number of batches of the first."""
@@ -61,6 +70,10 @@ class BatchCount:
             self._first = self._epoch
         elif self._epoch > self._first:
             raise self._error(epoch)
+
+    def expect(self, batches: int) -> None:
+        """Hold the epochs to this number: the first was one of an earlier run."""
+        self._first = batches
 
     def check(self, epoch: int) -> None:
         """Raise ValueError if the epoch that ends had other batches than the first."""

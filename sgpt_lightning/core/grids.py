@@ -118,7 +118,7 @@ class Grid(NamedTuple):
         """Return the scale where each row has a width, float32 `[out_features, len(segments)]`, top one per row."""
         scales = {bits: self.at(bits, segments) for bits in torch.unique(widths).tolist()}
         step, base = torch.empty_like(self.span[:, segments].float()), torch.empty_like(self.span[:, segments].float())
-        top = torch.empty(len(widths), 1, device=step.device)
+        top = torch.empty(len(widths), 1, dtype=torch.float32, device=step.device)
         for bits, scale in scales.items():
             rows = widths == bits
             step[rows], base[rows], top[rows] = scale.step[rows], scale.base[rows], float(scale.top)

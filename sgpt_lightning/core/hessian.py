@@ -62,8 +62,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
     Raises:
         HessianError: the matrix holds NaN or inf, or no damping up to 100 % makes it positive definite.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise HessianError(f"the Hessian of {name or 'the linear'} holds NaN or inf: an input overflowed")
+    check_finite(torch.isfinite(hessian).all(), name)
     dead, tried = hessian.diagonal() <= 0, damp_percent
     for dtype in (torch.float32, torch.float64):
         percent = damp_percent
@@ -76,6 +75,14 @@ def inverse_factor(hessian: Tensor, damp_percent: float = 0.01, name: str = "") 
     raise HessianError(
         f"the Hessian of {name or 'the linear'} is not positive definite, not even with {tried:.0%} damping in float64"
     )
+
+
+def check_finite(finite: Tensor, name: str = "") -> None:
+    """Raise HessianError unless a bool scalar says that the moments of an input are finite."""
+    if not bool(finite):
+        raise HessianError(
+            f"the Hessian of {name or 'the linear'} holds NaN or inf: an input is not finite or overflowed"
+        )
 
 
 def _damped(hessian: Tensor, dead: Tensor, percent: float) -> Tensor:

@@ -119,6 +119,6 @@ def descend_columns(problems: Sequence[LinearProblem], rounded: Sequence[Rounded
 def relative_weights(row_weights: Tensor | None, weight: Tensor) -> Tensor:
     """Return row weights with mean 1, float32 `[out_features]`; no row counts less than a thousandth of the mean."""
     if row_weights is None:
-        return torch.ones(len(weight), device=weight.device)
+        return torch.ones(len(weight), dtype=torch.float32, device=weight.device)
     weights = row_weights.to(device=weight.device, dtype=torch.float32)
     return (weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(1e-3)

@@ -173,10 +173,13 @@ class InputStatistics:
 
     @property
     def variance(self) -> Tensor:
-        """Var x (population) as float64 `[in_features]`; 0 where it is below the rounding of the sums."""
+        """Var x (population) as float64 `[in_features]`; 0 where it is below the rounding of the sums.
+
+        Inf or NaN where the input is not finite, or its square is not in float32.
+        """
         mean_square = self._sum_square / max(self.tokens, 1)
         variance = mean_square - self.mean.square()
-        return torch.where(variance > _ROUNDING * mean_square, variance, 0)
+        return torch.where((variance > _ROUNDING * mean_square) | ~torch.isfinite(mean_square), variance, 0)
 
 
 def multiplies_exactly(x: Tensor) -> bool:

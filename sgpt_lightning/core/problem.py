@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.hessian import InverseFactor, inverse_factor
+from sgpt_lightning.core.hessian import InverseFactor, check_finite, inverse_factor
 from sgpt_lightning.core.moments import InputStatistics
 
 
@@ -64,8 +64,10 @@ class InputProblem:
 
     @cached_property
     def hessian(self) -> Tensor:
-        """Undamped, float32 `[in_features, in_features]`."""
+        """Undamped, float32 `[in_features, in_features]`; HessianError if a moment is not finite."""
         moment = self.statistics.second_moment
+        # Before anything is masked: an input that overflowed is no constant one.
+        check_finite(torch.isfinite(moment).all() & torch.isfinite(self.statistics.variance).all(), self.name)
         if self.mean is None or self._constant is None:
             return moment
         # A constant input has no variance left but rounding: it counts as dead, and the bias takes over what it gave.

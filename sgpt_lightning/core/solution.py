@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid, dequantize_matrix
+from sgpt_lightning.core.hessian import DampStatus
+
+SolveStatus = Literal[DampStatus, "rounded"]
+"""How a linear came to what is stored: `ok`, with more damping (`damped`) or precision (`float64`) than was asked for,
+or not solved but `rounded` plainly, since it could not be solved and the recipe allowed that."""
 
 
 class SolveError(ValueError):
@@ -71,9 +77,10 @@ def power_of_two(index: Tensor, octave: int) -> Tensor:
         index: whole numbers, any integer dtype and shape.
         octave: positions per octave.
     """
-    fractions = torch.tensor([2.0 ** (-part / octave) for part in range(octave)], device=index.device)
+    fractions = [2.0 ** (-part / octave) for part in range(octave)]
+    table = torch.tensor(fractions, dtype=torch.float32, device=index.device)  # whatever the user's default dtype is
     whole = index.long()
-    return torch.ldexp(fractions[whole % octave], -(whole // octave))
+    return torch.ldexp(table[whole % octave], -(whole // octave))
 
 
 def octave_index(ratio: Tensor, octave: int) -> Tensor:
@@ -123,19 +130,21 @@ class CompressedLinear:
 
     solution: Solution
     relative_error: float | None
-    """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output."""
+    """tr((W - Q) H (W - Q)') / tr(W H W'): squared output error as a fraction of the squared output; None where there
+    are no inputs to measure it on."""
     importance_range: tuple[float, float]
     """Lowest and highest channel importance."""
     damp_percent: float
-    """Damping used, a fraction of the mean Hessian diagonal."""
-    status: str
-    """`ok`, `damped` or `float64`, see `hessian.py`."""
+    """Damping used, a fraction of the mean Hessian diagonal; 0 where there is no Hessian."""
+    status: SolveStatus
     bias_shift: Tensor | None = None
     """What the bias takes over, float32 `[out_features]`; None if the bias stays."""
     allocation: str | None = None
     """How widths were dealt in the end: `uniform` also where it did better than what was asked for."""
     predicted_loss: float | None = None
     """What its error is predicted to add to the model's loss; None where no gradients were taken."""
+    failure: str | None = None
+    """Why it could not be solved, where it was rounded plainly instead."""
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""

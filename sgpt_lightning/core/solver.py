@@ -11,6 +11,8 @@ The order of things, where a part that the recipe switches off is left out (`Par
 
 Where codes are entropy-coded, `rate.py` takes the place of 2 to 6: steps, row scales, and the level for a size.
 
+What cannot be solved is an error, or, where the recipe's `on_failure` says `round`, rounded plainly (`nearest.py`).
+
 With all parts off this is the published SparseGPT: the mask is chosen inside the sweep that rounds, block by block, and
 a row's range is that of the whole row. Where the mask must be known before (mixed widths, act order with N:M
 groups, or a refit) a sweep that only prunes chooses it.
@@ -24,10 +26,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.checks import check_linear, check_objective
 from sgpt_lightning.core.grids import quantize_matrix
+from sgpt_lightning.core.hessian import HessianError
 from sgpt_lightning.core.importance import channel_importance
 from sgpt_lightning.core.linear import LinearProblem, Start, relative_weights, sweep_columns
 from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.nearest import round_plainly
 from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.pruning import choose_masks
@@ -97,20 +102,60 @@ def compress_linears(
         ValueError: the linears saw no token, in_features is not divisible by M of an N:M pattern, the budget is below
             what mask, ranges and the narrowest width take, weights and moments are on different devices, or
             `coded_size` is missing.
-        HessianError: the Hessian cannot be inverted.
-        SolveError: a weight holds NaN or inf, or what would be stored does.
+        HessianError: the Hessian cannot be inverted, and the recipe's `on_failure` is `error`.
+        SolveError: a weight holds NaN or inf; or, if `on_failure` is `error`, what would be stored does.
     """
     for linear in linears:
-        _check_linear(linear, inputs, recipe)
-    problems = [_make_problem(linear, inputs, recipe, has_bias=has_bias) for linear in linears]
-    if recipe.coding == "entropy":
-        if coded_size is None:
-            raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
-        return list(map(_judged, linears, problems, _coded(linears, problems, coded_size)))
-    shared, columns = problems[0].objective.input, problems[0].columns
-    starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
-    solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
-    return list(map(_judged, linears, problems, solutions))
+        check_linear(linear.weight, linear.name, inputs, recipe)
+    if recipe.coding == "entropy" and coded_size is None:
+        raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
+    return _solved_or_rounded(linears, SharedInput.of(inputs), recipe, storage_dtype, has_bias, coded_size)
+
+
+def _solved_or_rounded(
+    linears: Sequence[LinearToSolve],
+    inputs: SharedInput,
+    recipe: Recipe,
+    storage_dtype: torch.dtype,
+    has_bias: bool,
+    coded_size: CodedSize | None,
+) -> list[CompressedLinear]:
+    """Solve linears together; where that fails and the recipe allows it, each alone, or else round it plainly."""
+    try:
+        return _solved(linears, inputs, recipe, storage_dtype, has_bias, coded_size)
+    except (HessianError, SolveError) as error:
+        if recipe.on_failure == "error":
+            raise
+        failure = str(error)
+    if len(linears) > 1:
+        alone = (_solved_or_rounded([one], inputs, recipe, storage_dtype, has_bias, coded_size) for one in linears)
+        return [solution for solutions in alone for solution in solutions]
+    ((weight, name, _, bits),) = linears
+    rounded = round_plainly(weight, recipe, storage_dtype, bits=bits, coded_size=coded_size, name=name)
+    return [replace(rounded, failure=failure)]
+
+
+def _solved(
+    linears: Sequence[LinearToSolve],
+    inputs: SharedInput,
+    recipe: Recipe,
+    storage_dtype: torch.dtype,
+    has_bias: bool,
+    coded_size: CodedSize | None,
+) -> list[CompressedLinear]:
+    """Solve linears together, or fail on one of them."""
+    try:
+        problems = [_make_problem(linear, inputs, recipe, has_bias=has_bias) for linear in linears]
+        if recipe.coding == "entropy":
+            assert coded_size is not None
+            return list(map(_judged, linears, problems, _coded(linears, problems, coded_size)))
+        shared, columns = problems[0].objective.input, problems[0].columns
+        starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
+        solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
+        return list(map(_judged, linears, problems, solutions))
+    except torch.linalg.LinAlgError as error:  # which says nothing of the linear
+        names = ", ".join(linear.name or "the linear" for linear in linears)
+        raise SolveError(f"{names} cannot be solved: {error}") from error
 
 
 def _coded(
@@ -130,6 +175,7 @@ def _make_problem(
     parts = recipe.solve_parts
     objective = make_objective(weight.float(), inputs, parts, has_bias=has_bias, damp_percent=recipe.damping, name=name)
     shared = objective.input
+    check_objective(objective, name)
     importance = channel_importance(
         objective.target, shared.statistics, shared.factor.inverse_diagonal, recipe.importance
     )
@@ -165,10 +211,11 @@ def _judged(linear: LinearToSolve, problem: LinearProblem, solution: Solution) -
     objective, name, stored = problem.objective, problem.name or "the linear", solution.weight()
     error = objective.relative_error(stored)
     if not math.isfinite(error):
-        if isinstance(solution, Pruned) and not bool(torch.isfinite(stored).all()):
+        largest = float(objective.weight.abs().max())
+        if isinstance(solution, Pruned) and largest > torch.finfo(solution.values.dtype).max:
             raise SolveError(
-                f"{name} would be stored with NaN or inf: its weights, up to {float(objective.weight.abs().max()):.3g},"
-                f" overflow {solution.values.dtype}; store in bfloat16 or float32"
+                f"{name} would be stored with NaN or inf: its weights, up to {largest:.3g}, overflow "
+                f"{solution.values.dtype}; store in bfloat16 or float32"
             )
         raise SolveError(f"the relative error of {name} is {error}: it cannot be told how good the result is")
     own, ordered = objective.input.factor, problem.columns.factor
@@ -220,32 +267,12 @@ def pose_dense(linear: LinearToSolve, inputs: InputStatistics | SharedInput, rec
 
     Row weights are taken as they are, in units of the model's loss.
     """
-    _check_linear(linear, inputs, recipe)
+    check_linear(linear.weight, linear.name, inputs, recipe)
     parts = replace(recipe.solve_parts, alpha=0.0, descent_passes=0)
     objective = make_objective(
         linear.weight.float(), inputs, parts, has_bias=True, damp_percent=recipe.damping, name=linear.name
     )
     columns = objective.input.act_ordered if parts.act_order else objective.input.natural
-    ones = torch.ones(linear.weight.shape[1], device=linear.weight.device)
+    ones = torch.ones(linear.weight.shape[1], dtype=torch.float32, device=linear.weight.device)
     assert linear.row_weights is not None
     return LinearProblem(objective, columns, recipe, ones, linear.row_weights.float(), linear.name)
-
-
-def _check_linear(linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe) -> None:
-    weight, name = linear.weight, linear.name or "the linear"
-    check_pattern(recipe, weight.shape[1], linear.name)
-    seen_on = SharedInput.of(inputs).statistics.second_moment.device
-    if weight.device != seen_on:
-        raise ValueError(f"the weight of {name} is on {weight.device}, what it received on {seen_on}: move one of them")
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise SolveError(f"the weight of {name} holds {bad} NaN or inf of {weight.numel()} entries")
-
-
-def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:
-    """Raise ValueError if an N:M pattern does not divide the inputs of the linear called `name`."""
-    if recipe.n_m is not None and in_features % recipe.n_m[1]:
-        raise ValueError(
-            f"pattern {recipe.pattern} needs in_features divisible by {recipe.n_m[1]}, "
-            f"but {name or 'the linear'} has {in_features}"
-        )

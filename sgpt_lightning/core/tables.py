@@ -45,11 +45,13 @@ def round_table(
 
     def coded(octave: float) -> tuple[Coded, int]:
         codes = (scaled / 2.0**octave).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int32)
-        level = torch.full((1,), 2.0**octave, device=weight.device)
+        level = torch.full((1,), 2.0**octave, dtype=torch.float32, device=weight.device)
         return Coded(codes, level, steps, rows), 8 * (coded_size(codes) + side)
 
     rate = bits / weight.numel()
-    octave = math.log2(float(scaled.square().mean().sqrt()) or 1.0) + GAUSSIAN_BITS - rate
+    # Squares below float32 are no zeros: their root is then as large as the largest entry, at most.
+    size = float(scaled.square().mean().sqrt()) or float(scaled.abs().max()) or 1.0
+    octave = math.log2(size) + GAUSSIAN_BITS - rate
     best, most = None, 0
     for _ in range(_MOST_TRIALS):
         tried, taken = coded(octave)

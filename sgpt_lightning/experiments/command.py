@@ -40,7 +40,7 @@ class Study(NamedTuple):
 _SMALL = {"seq_len": 128, "windows": 16, "eval_windows": 16}
 STUDIES: Mapping[str, Study] = {
     "compare": Study(
-        "Compare ways to compress: on one random layer, then on a model.", compare, {**_SMALL, "seeds": (0,)}
+        "Compare ways to compress: on one random layer, then on a model.", compare, {**_SMALL, "seeds": (0, 1)}
     ),
     "ablate": Study(
         "Leave out one importance score or one part of the solve at a time.",

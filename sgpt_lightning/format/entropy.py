@@ -109,7 +109,7 @@ def channel_bits(codes: Tensor) -> Tensor:
     """
     _check_codes(codes)
     if not codes.numel():
-        return torch.zeros(codes.shape[1], device=codes.device)
+        return torch.zeros(codes.shape[1], dtype=torch.float32, device=codes.device)
     model = _model(codes)
     chosen, header = model.chosen.int(), _sizes(codes, model).header
     escaped = model.heads.abs() > model.tables.largest[chosen]

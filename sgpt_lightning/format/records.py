@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-from sgpt_lightning.core.hessian import DampStatus
 from sgpt_lightning.core.sizes import Layout
-from sgpt_lightning.core.solution import Coded, CompressedLinear, Quantized
+from sgpt_lightning.core.solution import Coded, CompressedLinear, Quantized, SolveStatus
 from sgpt_lightning.format.entropy import channel_bits
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.presets import Allocation
@@ -37,9 +36,9 @@ class LinearReport:
     relative_error: float | None
     """Squared output error as a fraction of the squared output; None where no inputs were seen to measure it on."""
     damp_percent: float
-    """Damping used, a fraction of the mean Hessian diagonal."""
+    """Damping used, a fraction of the mean Hessian diagonal; 0 where there was no Hessian."""
     status: str
-    """`ok`, `damped` or `float64`."""
+    """`ok`, `damped`, `float64` or `rounded`, see `SolveStatus`; files up to version 5 know no `rounded`."""
     bytes: int
     """Bytes stored for the weight: codes, mask, ranges, zero points and widths."""
     layout: str
@@ -112,7 +111,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "importance_range": ("two finite numbers, ascending", _is_range),
     "relative_error": ("None or a finite number", lambda value: value is None or _is_number(value)),
     "damp_percent": ("a finite number from 0", lambda value: _is_number(value, 0)),
-    "status": (f"one of {', '.join(get_args(DampStatus))}", lambda value: value in get_args(DampStatus)),
+    "status": (f"one of {', '.join(get_args(SolveStatus))}", lambda value: value in get_args(SolveStatus)),
     "bytes": ("a whole number from 1", lambda value: _is_whole(value, 1)),
     "layout": (f"one of {', '.join(get_args(Layout))}", lambda value: value in get_args(Layout)),
     "allocation": (

@@ -85,25 +85,28 @@ def held_by(lane, columns):
 
 
 @triton.jit
-def lane_words(base, lane, columns, inside, BITS: tl.constexpr):
-    """All words of lanes, as eight variables; read at once, so that none waits for another."""
-    a = _plane(base, lane, columns, inside, BITS, 0)
-    b = _plane(base, lane, columns, inside, BITS, 1) if BITS > 1 else a
-    c = _plane(base, lane, columns, inside, BITS, 2) if BITS > 2 else a
-    d = _plane(base, lane, columns, inside, BITS, 3) if BITS > 3 else a
-    e = _plane(base, lane, columns, inside, BITS, 4) if BITS > 4 else a
-    f = _plane(base, lane, columns, inside, BITS, 5) if BITS > 5 else a
-    g = _plane(base, lane, columns, inside, BITS, 6) if BITS > 6 else a
-    h = _plane(base, lane, columns, inside, BITS, 7) if BITS > 7 else a
+def lane_words(base, lane, columns, BITS: tl.constexpr):
+    """All words of lanes, as eight variables; read at once, so that none waits for another.
+
+    A word that is not there is another one of the row: x is 0 for its fields.
+    """
+    a = _plane(base, lane, columns, BITS, 0)
+    b = _plane(base, lane, columns, BITS, 1) if BITS > 1 else a
+    c = _plane(base, lane, columns, BITS, 2) if BITS > 2 else a
+    d = _plane(base, lane, columns, BITS, 3) if BITS > 3 else a
+    e = _plane(base, lane, columns, BITS, 4) if BITS > 4 else a
+    f = _plane(base, lane, columns, BITS, 5) if BITS > 5 else a
+    g = _plane(base, lane, columns, BITS, 6) if BITS > 6 else a
+    h = _plane(base, lane, columns, BITS, 7) if BITS > 7 else a
     return a, b, c, d, e, f, g, h
 
 
 @triton.jit
-def _plane(base, lane, columns, inside, BITS: tl.constexpr, WORD: tl.constexpr):
+def _plane(base, lane, columns, BITS: tl.constexpr, WORD: tl.constexpr):
     lanes = columns // 32
     place = tl.where(lane < lanes, WORD * lanes + lane, BITS * lanes + WORD)
-    there = inside & (held_by(lane, columns) * BITS > WORD * 32)
-    return tl.load(base + place, mask=there, other=0).to(tl.uint32, bitcast=True)
+    place = tl.minimum(place, row_words(columns, BITS) - 1)
+    return tl.load(base + place).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -137,16 +140,43 @@ def field(a, b, c, d, e, f, g, h, J: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def wide_field(base, lane, columns, inside, j, bits):
-    """Field j of each lane, where j is not known when the kernel is compiled; of at most 25 bits."""
-    lanes = columns // 32
+def placed(a, b, c, d, e, f, g, h, J: tl.constexpr, BITS: tl.constexpr):
+    """Field J of each lane less half of the codes, as float32 at the place that it has in its word; at most 8 bits.
+
+    A field in the lowest 23 bits of its word stays where it is. One above them is found 9 bits lower in a word that
+    all of these share. So a code is one logical operation and one subtraction, and comes out multiplied with 2^place.
+    """
+    start: tl.constexpr = J * BITS % 32
+    place: tl.constexpr = start if start + BITS <= 23 else (start - 9 if start + BITS <= 32 else 0)
+    found = _chosen(a, b, c, d, e, f, g, h, J * BITS // 32)
+    if start + BITS > 32:
+        found = (found >> start) | (_chosen(a, b, c, d, e, f, g, h, J * BITS // 32 + 1) << (32 - start))
+    elif start + BITS > 23:
+        found = found >> 9
+    return small_float(found & (((1 << BITS) - 1) << place)) - (8388608.0 + (1 << (BITS - 1 + place)))
+
+
+@triton.jit
+def place_worth(value, J: tl.constexpr, BITS: tl.constexpr):
+    """Value times 2^place."""
+    start: tl.constexpr = J * BITS % 32
+    place: tl.constexpr = start if start + BITS <= 23 else (start - 9 if start + BITS <= 32 else 0)
+    return value * (1.0 * (1 << place))
+
+
+@triton.jit
+def wide_field(base, lane, columns, j, bits):
+    """Field j of each lane, where j is not known when the kernel is compiled; of at most 25 bits.
+
+    What is not there is some field of the row, as with `lane_words`.
+    """
+    lanes, last = columns // 32, row_words(columns, bits) - 1
     word, shift = j * bits // 32, j * bits % 32
-    held = held_by(lane, columns)
     place = tl.where(lane < lanes, word * lanes + lane, bits * lanes + word)
     onward = place + tl.where(lane < lanes, lanes, 1)
-    low = tl.load(base + place, mask=inside & (j < held), other=0).to(tl.uint32, bitcast=True)
-    more = inside & (j < held) & (word * 32 + 32 < held * bits)
-    high = tl.load(base + onward, mask=more, other=0).to(tl.uint32, bitcast=True)
+    low = tl.load(base + tl.minimum(place, last)).to(tl.uint32, bitcast=True)
+    # Where a field ends with its word, all bits of the next one are cut off.
+    high = tl.load(base + tl.minimum(onward, last)).to(tl.uint32, bitcast=True)
     # In two steps: a shift by 32 is none.
     return ((low >> shift) | (high << 1 << (31 - shift))) & ((1 << bits) - 1)
 
@@ -165,13 +195,15 @@ def small_float(code):
 
 @triton.jit
 def grid_scale(
-    span, origin, row, segment, segments, there, KIND: tl.constexpr, BITS: tl.constexpr, WIDEST: tl.constexpr
-):
-    """Step and base of a width, as `grids.Grid.at` has them, to the last bit."""
+    span, origin, row, segment, segments, there, KIND: tl.constexpr, BITS: tl.constexpr, WIDEST: tl.constexpr,
+    QUICK: tl.constexpr = False,
+):  # fmt: skip
+    """Step and base of a width, as `grids.Grid.at` has them, to the last bit; quickly, to the last but one."""
     place = row.to(tl.int64) * segments + segment
     top: tl.constexpr = (1 << (BITS - 1 if KIND == 3 else BITS)) - 1
+    size: tl.constexpr = 1.0 if top == 0 else 1.0 * top
     step = tl.load(span + place, mask=there, other=1.0).to(tl.float32)
-    step = tl.div_rn(step, tl.full(step.shape, 1.0 if top == 0 else 1.0 * top, tl.float32))
+    step = step * (1.0 / size) if QUICK else tl.div_rn(step, tl.full(step.shape, size, tl.float32))
     base = tl.load(origin + place, mask=there, other=0).to(tl.float32)
     if KIND == 1:
         if BITS != WIDEST:
@@ -190,4 +222,27 @@ def grid_value(code, step, base, KIND: tl.constexpr, BITS: tl.constexpr):
     else:
         size = step * (small_float(code & ((1 << (BITS - 1)) - 1)) - 8388608.0) + base
         value = (size.to(tl.uint32, bitcast=True) ^ (code >> (BITS - 1) << 31)).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def grid_number(code, bits, span, origin, row, segment, segments, KIND: tl.constexpr, WIDEST: tl.constexpr):
+    """What codes stand for, to the last bit, where their bits, uint32, are not known when the kernel is compiled."""
+    at = row.to(tl.int64) * segments + segment
+    one = tl.full(bits.shape, 1, tl.uint32)
+    top = (one << (bits - (1 if KIND == 3 else 0))) - 1
+    top = tl.maximum(top.to(tl.int32), 1).to(tl.float32)
+    size = tl.load(span + at).to(tl.float32)
+    step = tl.div_rn(size, top + tl.zeros(size.shape, tl.float32))
+    base = tl.load(origin + at).to(tl.float32)
+    if KIND == 1:
+        # In float64, as the reference has the ratio; 1 for the widest, whose base is a whole number.
+        ratio = ((one << bits) - 1).to(tl.float64) / tl.full(bits.shape, 1.0 * ((1 << WIDEST) - 1), tl.float64)
+        base = (base * ratio.to(tl.float32) + 12582912.0) - 12582912.0
+        value = step * (code.to(tl.int32).to(tl.float32) - base)
+    elif KIND == 2:
+        value = step * code.to(tl.int32).to(tl.float32) + base
+    else:
+        size = step * (code & ((one << (bits - 1)) - 1)).to(tl.int32).to(tl.float32) + base
+        value = (size.to(tl.uint32, bitcast=True) ^ (code >> (bits - 1) << 31)).to(tl.float32, bitcast=True)
     return value

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from sgpt_lightning.models.adapters import registered_blocks
 from sgpt_lightning.models.linears import find_linears
 
 
@@ -25,7 +26,7 @@ def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
         for parent in model.modules()
         if isinstance(parent, nn.ModuleList) and len(parent) and all(find_linears(block) for block in parent)
         for module in parent.modules()
-    }
+    } | {id(module) for block in (registered_blocks(model) or {}).values() for module in block.modules()}
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         table = isinstance(module, nn.Embedding) and id(module) in within - in_blocks

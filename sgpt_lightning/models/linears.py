@@ -6,6 +6,8 @@
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.core.solution import SolveError
+
 
 def find_linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Return the linears (nn.Linear and transformers.Conv1D) below a module, by full name."""
@@ -34,13 +36,13 @@ def add_to_bias(linear: nn.Module, shift: Tensor, storage_dtype: torch.dtype, na
     """Add `[out_features]` to the module's bias and round the sum to the dtype that it will be stored in.
 
     Raises:
-        ValueError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
+        SolveError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
     """
     bias = linear.bias
     assert isinstance(bias, Tensor)
     stored = (bias.float() + shift).to(storage_dtype).to(bias.dtype)
     if not bool(torch.isfinite(stored).all()):
-        raise ValueError(f"the bias of {name} would be inf or NaN in {storage_dtype} or {bias.dtype}")
+        raise SolveError(f"the bias of {name} would be inf or NaN in {storage_dtype} or {bias.dtype}")
     bias.copy_(stored)
 
 
@@ -49,11 +51,11 @@ def set_weight_matrix(linear: nn.Module, matrix: Tensor, name: str = "the linear
     """Write `[out_features, in_features]` into the module's weight, in its own dtype and layout.
 
     Raises:
-        ValueError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
+        SolveError: the dtype cannot hold a value; nothing is written, and `name` is in the message.
     """
     weight = linear.weight
     assert isinstance(weight, Tensor)
     stored = matrix.to(weight.dtype)
     if not bool(torch.isfinite(stored).all()):
-        raise ValueError(f"{name} was solved to weights that {weight.dtype} cannot hold: they would be inf or NaN")
+        raise SolveError(f"{name} was solved to weights that {weight.dtype} cannot hold: they would be inf or NaN")
     weight.copy_(stored.T if is_conv1d(linear) else stored.view(weight.shape))

@@ -2,11 +2,13 @@
 
 A block is run alone by replay: every block's `forward` is stubbed, the model's own prologue (embeddings, positions,
 masks, rotary tables) runs, and the arguments that reach each block are recorded. They are replayed, never named, so
-nothing here depends on a model family; only the first of them, the hidden state, is known and replaced. They are
-recorded per block, because families with sliding windows hand different masks to different blocks.
+nothing here depends on a model family; only the hidden state (the first of them, or what `adapters.py` was told) is
+known and replaced. They are recorded per block, because families with sliding windows hand different masks to
+different blocks.
 """
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.models.adapters import adapter_of
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.linears import find_linears
 
@@ -25,7 +28,9 @@ class BlockCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_keyword: str | None
-    """The keyword under which the hidden state is passed, or None if it is the first positional argument."""
+    """The keyword under which the hidden state is passed, or None if it is a positional argument."""
+    hidden_position: int = 0
+    """Where among the positional arguments it is, if it is one of them."""
 
 
 class PrologueOutput(NamedTuple):
@@ -45,11 +50,17 @@ class BlockReplay:
     Args:
         model: any decoder-only model; called as `model(**model_inputs(batch))`.
         blocks: its decoder blocks.
+
+    Raises:
+        ValueError: a block has no parameter of the name that was registered for the hidden state, or, from the first
+            prologue on, what is taken for the hidden state is no floating tensor.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self._model = model
         self._blocks = blocks
+        adapter = adapter_of(model)
+        self._hidden = [None if adapter is None else _parameter(block, adapter.hidden) for block in blocks]
         self._returns_tuple: list[bool] | None = None
         self._calls_by_shape: dict[tuple[int, ...], Sequence[BlockCall] | None] = {}
         self._strayed: Tensor | None = None
@@ -128,13 +139,11 @@ class BlockReplay:
         returns_tuple = self._returns_tuple
 
         def stub(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, call = args[0], BlockCall(args[1:], kwargs, None)
-            else:
-                keyword = next(iter(kwargs))
-                hidden, call = (
-                    kwargs[keyword],
-                    BlockCall((), {k: v for k, v in kwargs.items() if k != keyword}, keyword),
+            hidden, call = _taken_apart(args, kwargs, self._hidden[len(recorded)])
+            if not (isinstance(hidden, Tensor) and hidden.is_floating_point()):
+                raise ValueError(
+                    f"{type(self._blocks[len(recorded)]).__name__} receives {type(hidden).__name__} where its hidden "
+                    "state is expected: say which parameter it is with sgpt_lightning.register_model"
                 )
             recorded.append((hidden, call))
             if len(recorded) == len(self._blocks):
@@ -144,6 +153,34 @@ class BlockReplay:
         with forwards_replaced(self._blocks, lambda forward: stub), suppress(_PrologueDone):
             self._model(**inputs)
         return recorded[0][0], [call for _, call in recorded]
+
+
+class _Parameter(NamedTuple):
+    """A parameter of a function."""
+
+    name: str
+    position: int
+
+
+def _parameter(block: nn.Module, name: str | None) -> _Parameter | None:
+    """Return the parameter of a block's forward that takes the hidden state; None for its first argument."""
+    if name is None:
+        return None
+    names = list(inspect.signature(block.forward).parameters)
+    if name not in names:
+        raise ValueError(
+            f"the hidden state was registered as {name!r}, but {type(block).__name__}.forward takes {', '.join(names)}"
+        )
+    return _Parameter(name, names.index(name))
+
+
+def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: _Parameter | None) -> tuple[Tensor, BlockCall]:
+    """Split a block's arguments into the hidden state and the rest."""
+    position = 0 if hidden is None else hidden.position
+    if len(args) > position:
+        return args[position], BlockCall(args[:position] + args[position + 1 :], kwargs, None, position)
+    keyword = next(iter(kwargs)) if hidden is None else hidden.name
+    return kwargs[keyword], BlockCall(args, {k: v for k, v in kwargs.items() if k != keyword}, keyword)
 
 
 def _differences(known: Any, other: Any, compared: set[tuple[int, int]]) -> Iterator[bool | Tensor]:
@@ -185,7 +222,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Run a block, or a copy of one, on a hidden state `[batch, time, hidden]` and return the next one."""
     if call.hidden_keyword is None:
-        output = block(hidden, *call.args, **call.kwargs)
+        before, behind = call.args[: call.hidden_position], call.args[call.hidden_position :]
+        output = block(*before, hidden, *behind, **call.kwargs)
     else:
         output = block(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
     return output[0] if isinstance(output, tuple | list) else output
@@ -207,7 +245,7 @@ def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[
     """
     linears = find_linears(block)
     if hidden.dtype in (torch.float16, torch.bfloat16):
-        wide = BlockCall(_floats(call.args), _floats(call.kwargs), call.hidden_keyword)
+        wide = call._replace(args=_floats(call.args), kwargs=_floats(call.kwargs))
         return {name: linears[name] for name in residual_writers(copy.deepcopy(block).float(), hidden.float(), wide)}
     outputs: dict[str, Tensor] = {}
 

@@ -6,6 +6,7 @@ Everything is derived from the manifest that was written with the model, so the 
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -103,21 +104,16 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
 
     The bits are true ones, of the linears in decoder blocks; `smaller` is the whole file against 16 bits for every
     parameter; perplexities are against the dense model's, each with the name of its data set if there are several.
+    Linears that were not solved as asked for are counted, and a perplexity that `perplexity_alarm` tells of is told of.
 
     Args:
         manifest: of the compressed model.
         measured: perplexity of the compressed model by data set; what the manifest says if None. Data sets that were
             not measured on the dense model are left out.
     """
-    ledger, perplexity = manifest.ledger, manifest.record.perplexity
+    ledger = manifest.ledger
     times = 2 * ledger.parameters / ledger.file
-    dense = perplexity.get("dense", {})
-    compressed = perplexity.get("compressed", {}) if measured is None else measured
-    changes = {
-        name: f"{100 * (value / dense[name] - 1):+.1f} %"
-        for name, value in compressed.items()
-        if value is not None and dense.get(name)
-    }
+    changes = {name: f"{100 * (ratio - 1):+.1f} %" for name, ratio in _perplexity_ratios(manifest, measured).items()}
     several = len(changes) > 1
     shown = ", ".join(f"{change} on {name}" if several else change for name, change in changes.items())
     parts = [
@@ -125,7 +121,39 @@ def closing_line(manifest: Manifest, measured: Mapping[str, float] | None = None
         f"{times:.1f}x smaller" if times >= 1 else f"{1 / times:.1f}x larger",
         *([f"perplexity {shown}"] if shown else []),
     ]
-    return ", ".join(parts)
+    statuses = Counter(linear.status for linear in linear_reports(manifest))
+    rounded, damped = statuses["rounded"], statuses["damped"] + statuses["float64"]
+    of_all = f"of {statuses.total()} linears"
+    parts += [f"{damped} {of_all} with more damping or precision than asked for"] if damped else []
+    parts += [f"{rounded} {of_all} rounded plainly"] if rounded else []
+    return "; ".join(filter(None, [", ".join(parts), perplexity_alarm(manifest, measured)]))
+
+
+def _perplexity_ratios(manifest: Manifest, measured: Mapping[str, float] | None) -> dict[str, float]:
+    """Return perplexities over those of the dense model, by data set, where both were measured."""
+    perplexity = manifest.record.perplexity
+    dense = perplexity.get("dense", {})
+    compressed = perplexity.get("compressed", {}) if measured is None else measured
+    return {name: value / dense[name] for name, value in compressed.items() if value is not None and dense.get(name)}
+
+
+ALARMING_RATIO = 10
+"""Perplexity over the dense model's, above which a compressed model is called broken."""
+
+
+def perplexity_alarm(manifest: Manifest, measured: Mapping[str, float] | None = None) -> str:
+    """Return what to cry out where a perplexity is more than ten times the dense model's, or no number; else nothing.
+
+    Args:
+        manifest: of the compressed model.
+        measured: as for `closing_line`.
+    """
+    broken = {name: ratio for name, ratio in _perplexity_ratios(manifest, measured).items()
+              if not ratio <= ALARMING_RATIO}  # fmt: skip
+    if not broken:
+        return ""
+    each = ", ".join(f"{ratio:.3g}x on {name}" for name, ratio in broken.items())
+    return f"THE MODEL IS BROKEN: perplexity is more than {ALARMING_RATIO}x the dense model's ({each})"
 
 
 def ledger_table(manifest: Manifest) -> str:
@@ -168,16 +196,23 @@ def linears_table(manifest: Manifest) -> str:
 
 
 def status_line(manifest: Manifest) -> str:
-    """Return how many linears were solved, which needed more than the recipe's damping, and how much was left alone."""
+    """Return how many linears were solved, which of them not as asked, and how much was left alone.
+
+    Not as asked are those that needed more than the recipe's damping, and those that were rounded plainly.
+    """
     linears = linear_reports(manifest)
     odd = [
-        f"{linear.name} ({linear.status}, damping {linear.damp_percent:g})"
+        f"{linear.name} (rounded plainly)"
+        if linear.status == "rounded"
+        else f"{linear.name} ({linear.status}, damping {linear.damp_percent:g})"
         for linear in linears
         if linear.status != "ok"
     ]
     average = mean_bits(linears)
+    rounded = sum(linear.status == "rounded" for linear in linears)
     parts = [
-        f"{len(linears)} linears solved",
+        f"{len(linears) - rounded} linears solved",
+        *([f"{rounded} rounded plainly"] if rounded else []),
         "nothing quantized" if average is None else f"mean {average:.3f} code bits per {coded_weight(linears)}",
     ]
     left = 1 - sum(linear.weights for linear in linears) / max(manifest.ledger.linear_weights, 1)
@@ -186,9 +221,17 @@ def status_line(manifest: Manifest) -> str:
     return ", ".join(parts) + ("; all as asked" if not odd else f"; not as asked: {', '.join(odd)}")
 
 
+def digest_lines(manifest: Manifest) -> str:
+    """Return the SHA-256 of the weight files, as `sha256sum` writes them: the same command gives the same on a CPU."""
+    return "\n".join(f"sha256 {manifest.files[name].sha256}  {name}" for name in manifest.weight_files)
+
+
 def run_tables(manifest: Manifest) -> str:
-    """Return what `sgpt fit` shows at its end: summary, plan, and whether all went as asked."""
-    return "\n\n".join(filter(None, [summary_table(manifest), plan_of_run(manifest), status_line(manifest)]))
+    """Return what `sgpt fit` shows at its end: summary, plan, whether all went as asked, digests, and any alarm."""
+    state = "\n".join(filter(None, [status_line(manifest), digest_lines(manifest)]))
+    return "\n\n".join(
+        filter(None, [summary_table(manifest), plan_of_run(manifest), state, perplexity_alarm(manifest)])
+    )
 
 
 def inspection(directory: Path, manifest: Manifest) -> str:
@@ -196,6 +239,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
     record = manifest.record
     embeddings = embedding_reports(manifest)
     settings = ", ".join(f"{key}={value}" for key, value in record.recipe.items())
+    protocols = [_protocol_line(name, protocol) for name, protocol in record.protocols.items()]
     parts = [
         f"{directory}: {record.model or 'model'} compressed by sgpt_lightning\nrecipe: {settings}",
         summary_table(manifest),
@@ -203,7 +247,7 @@ def inspection(directory: Path, manifest: Manifest) -> str:
         plan_of_run(manifest),
         linears_table(manifest),
         *([table_of_linears(embeddings, "embedding", details=True)] if embeddings else []),
-        "\n".join([status_line(manifest), *map(_protocol_line, record.protocols, record.protocols.values())]),
+        "\n".join([status_line(manifest), digest_lines(manifest), *protocols]),
         closing_line(manifest),
     ]
     return "\n\n".join(filter(None, parts))

@@ -40,12 +40,12 @@ def true_bits(linears: Iterable[LinearReport]) -> float:
 def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, details: bool = False) -> str:
     """Lay out one row per linear: how much is left, at what widths, in how many bytes, and how well it does.
 
-    `bits/weight` counts all bytes stored. The channels per width stand in one column under their widths, such as
-    `2/3/4 bit`. Entropy-coded channels have any number of bits, so where there are some, the column is `channels' bits`
-    and has the fewest, the median and the most, rounded to whole ones. `error` is the squared output error as a
-    fraction of the squared output; `share of loss` is the linear's part of what all of them are predicted to add to the
-    model's loss. A column that no linear fills is left out. With five widths, counts of three digits and no details, a
-    row is 93 columns and the longest name.
+    `bits/weight` counts all bytes stored. The channels per width stand in one column under their widths, such as `2/3/4
+    bit`. Entropy-coded channels have any number of bits, so where there are some, the column is `channels' bits` and
+    has the fewest, the median and the most, rounded to whole ones. `error` is the squared output error as a fraction of
+    the squared output; `share of loss` is the linear's part of what all of them are predicted to add to the model's
+    loss; a linear that was not solved but rounded plainly has `rounded` for its damping. A column that no linear fills
+    is left out. With five widths, counts of three digits and no details, a row is 93 columns and the longest name.
 
     Args:
         linears: what to show.
@@ -67,7 +67,7 @@ def table_of_linears(linears: Sequence[LinearReport], first: str = "linear", *, 
     total = sum(linear.predicted_loss or 0.0 for linear in linears)
     if total > 0:
         columns["share of loss"] = lambda linear: _share(linear.predicted_loss, total)
-    columns["damping"] = lambda linear: f"{linear.damp_percent:g}" + _unless_ok(linear.status)
+    columns["damping"] = _damping
     if not all(map(_is_coded, linears)):
         columns["widths"] = lambda linear: linear.allocation or ""
     if details:
@@ -80,8 +80,10 @@ def _is_coded(linear: LinearReport) -> bool:
     return linear.layout == "coded"
 
 
-def _unless_ok(status: str) -> str:
-    return "" if status == "ok" else f" ({status})"
+def _damping(linear: LinearReport) -> str:
+    if linear.status == "rounded":
+        return "rounded"
+    return f"{linear.damp_percent:g}" + ("" if linear.status == "ok" else f" ({linear.status})")
 
 
 def _share(loss: float | None, total: float) -> str:

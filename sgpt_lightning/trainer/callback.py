@@ -4,44 +4,48 @@ Epoch k is block k (one epoch in all when calibration is one-shot), after one ep
 them. The solve runs when the last batch of an epoch has ended and not in `on_train_epoch_end`: Lightning validates
 before that hook, so perplexities would lag one block and validation text would leak into the Hessians. Lightning's own
 schedule of validation is off for the same reason; the callback runs the Trainer's validation loop itself.
+
+A checkpoint holds the `RunState` of the last stage that ended, in place of the model's weights. A fit that goes on from
+one starts with the dense model at the epoch behind that stage; where all stages have ended, it passes the last epoch
+once more without looking, and ends as any other.
 """
 
 import signal
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sgpt_lightning.calibration.checks import check_batch, least_bytes
-from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
-from sgpt_lightning.calibration.schedules import Calibration, Mode, calibration_for
-from sgpt_lightning.calibration.solving import mean_error
+from sgpt_lightning.calibration.checks import least_bytes
+from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.checkpoint.save import save_or_rescue
-from sgpt_lightning.core.paths import loop_path
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
-from sgpt_lightning.format.records import RunRecord, SolvedLinear
+from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report.run import closing_line, run_tables, versions, write_report
-from sgpt_lightning.trainer.logs import log_linears, log_perplexity, log_run
+from sgpt_lightning.report.run import closing_line, run_tables, write_report
+from sgpt_lightning.trainer.checkpoint_io import keep_blocks
+from sgpt_lightning.trainer.logs import log_earlier, log_linears, log_perplexity, log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import seconds_left
-from sgpt_lightning.trainer.protocols import TextSeen, calibration_protocol, evaluation_protocols
+from sgpt_lightning.trainer.resume import RunState, begin, pass_epochs, run_settings
+from sgpt_lightning.trainer.run import Run
 from sgpt_lightning.trainer.setup import (
     IncompleteRunError,
     TrainerSettings,
     check_report_path,
     check_trainer,
-    count_tokens,
     network_of,
     report_path,
     rescue_places,
     run_directory,
-    warn_of_few_tokens,
+    validate_now,
 )
 
 DEFAULT_RECIPE = Recipe()
@@ -82,19 +86,19 @@ class SparseGPTCallback(Callback):
         self.save_dir = save_dir
         self.validate_every_block = validate_every_block
         self.tf32_moments = tf32_moments
-        self.solved: dict[str, SolvedLinear] = {}
         self.manifest: Manifest | None = None
-        self._calibration: Calibration | None = None
-        self._embeddings: dict[str, SolvedLinear] = {}
+        self.state = RunState({})
+        """How far the run has come, or the last one came."""
+        self._resumed: RunState | None = None
+        self._run: Run | None = None
         self._settings: TrainerSettings | None = None
         self._first_epoch = 0
-        self._seen = TextSeen(0, 0)
-        self._perplexity: dict[str, dict[str, float]] = {}
-        self._seconds: dict[str, float] = {}
-        self._last_error: float | None = None
-        self._block_seconds: list[float] = []
-        self._block_started = 0.0
         self._measure_seconds = 0.0
+
+    @property
+    def solved(self) -> Mapping[str, SolvedLinear]:
+        """What is stored of linears and embeddings that are solved, by full name."""
+        return self.state.solved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before the model is loaded.
@@ -115,89 +119,82 @@ class SparseGPTCallback(Callback):
             raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
         check_target(self.target(trainer))
         check_report_path(report_path(trainer))
+        keep_blocks(trainer)
+        self.state, self._resumed = RunState({}), None
         self._settings = TrainerSettings.of(trainer)
         # Nothing is logged by step, but Lightning warns of epochs shorter than `log_every_n_steps`.
         self._settings._replace(num_sanity_val_steps=0, log_every_n_steps=1).apply(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the recipe against the model, all of it, and the disk, and set the number of epochs."""
+        """Check the recipe against the model, all of it, and the disk, and set the number of epochs.
+
+        Raises:
+            ValueError: the run goes on from a checkpoint of another one; every difference is named.
+        """
         network = network_of(pl_module)
         assert isinstance(pl_module, CausalLMModule)
-        self.solved, self.manifest, self._perplexity, self._last_error = {}, None, {}, None
-        self._seconds = {"calibrate": 0.0, "solve": 0.0, "evaluate": 0.0}
-        self._seen, self._block_seconds = TextSeen(0, 0), []
+        self.manifest = None
+        own = {f"recipe.{name}": value for name, value in asdict(self.recipe).items()}
+        own |= {"calibration": self.calibration, "tf32_moments": self.tf32_moments}
+        self.state = begin(trainer, run_settings(trainer, pl_module, own), self._resumed)
+        self._resumed = None
         storage = pl_module.storage_dtype
-        self._calibration = calibration_for(self.calibration, network, self.recipe, storage, self.tf32_moments)
-        check_target(self.target(trainer), least_bytes(network, self._calibration.plans, storage))
+        calibration = calibration_for(self.calibration, network, self.recipe, storage, self.tf32_moments)
+        check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
+        self._run = Run(self.state, calibration, network)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
-        pl_module.stages = dict(enumerate(self._calibration.stages, self._first_epoch))
+        pl_module.stages = dict(enumerate(calibration.stages, self._first_epoch))
         pl_module.measured = {}
-        trainer.fit_loop.max_epochs = self._first_epoch + len(self._calibration.stages)
+        trainer.fit_loop.max_epochs = self._first_epoch + self._run.stages
         trainer.check_val_every_n_epoch = trainer.fit_loop.max_epochs + 1  # never, counted from the first epoch of all
+        pass_epochs(trainer, min(self.state.finished, self._run.stages - 1), self.state.text)
         network.train()  # Lightning warns of a network in eval mode here; on_train_start puts it back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense model, and code its embeddings.
+        """Measure the dense model, and code its embeddings; or take up what an earlier run did.
 
         Raises:
-            ValueError: the training data has no length.
+            ValueError: the training data has no length, or is not that of the earlier run.
         """
         network_of(pl_module).eval()
         if trainer.num_training_batches == float("inf"):
             raise ValueError("the training data must have a length: every block is calibrated on the same batches")
-        self._measure("dense", trainer, pl_module, 0)
-        assert self._calibration is not None
-        plans = self._calibration.plans
-        counts = count_tokens(trainer) if plans.embeddings else TokenCounts()
-        self._embeddings = code_embeddings(network_of(pl_module), plans, counts)
-        self._block_started = time.perf_counter()
+        assert self._run is not None
+        if "dense" not in self.state.perplexity:
+            self._measure("dense", trainer, pl_module, 0)
+        self._run.start(trainer)
+        self.state = self._run.state
+        if self.state.finished:
+            log_earlier(trainer.loggers, self.state.perplexity, self.solved, self._run.calibration.plans.decoder)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the batch to the calibration."""
-        assert self._calibration is not None
-        started = time.perf_counter()
-        epoch = trainer.current_epoch - self._first_epoch
+        assert self._run is not None
         assert isinstance(pl_module, CausalLMModule)
-        loaded = pl_module.as_loaded(batch)
-        if epoch == 0:
-            check_batch(network_of(pl_module), loaded, f"calibration batch {batch_idx}")
-            self._seen = self._seen.with_batch(loaded)
-        self._calibration.observe(epoch, batch_idx, batch)
-        self._seconds["calibrate"] += time.perf_counter() - started
+        stage, loaded = trainer.current_epoch - self._first_epoch, pl_module.as_loaded(batch)
+        if stage == self.state.finished:
+            self._run.observe(stage, batch_idx, batch, loaded)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Solve after the last batch of an epoch; show error and time left after every one."""
-        assert self._calibration is not None
-        stages, done = self._calibration.stages, trainer.current_epoch - self._first_epoch
-        if trainer.is_last_batch:
-            if done == 0:
-                warn_of_few_tokens(self._seen.tokens, self._calibration.plans.linears())
-            started = time.perf_counter()
-            solved = self._calibration.finish(done)
-            self._seconds["solve"] += time.perf_counter() - started
-            self.solved |= solved
-            if done == len(stages) - 1:
-                write_embeddings(network_of(pl_module), self._embeddings)
-                self.solved |= self._embeddings
-            now = time.perf_counter()
-            if stages[done].linears:
-                self._last_error = mean_error(solved.values())
-                self._block_seconds.append(now - self._block_started)
-                log_linears(trainer.loggers, solved, self._calibration.plans.decoder)
-            self._block_started = now
-            done += 1
-        self._show(pl_module, len(stages) - done)
+        assert self._run is not None
+        stage = trainer.current_epoch - self._first_epoch
+        if trainer.is_last_batch and stage == self.state.finished:
+            solved = self._run.finish(stage)
+            self.state = self._run.state
+            log_linears(trainer.loggers, solved, self._run.calibration.plans.decoder)
+        self._show(self._run, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the model with the block that was just solved, the last time always."""
-        assert self._calibration is not None
-        stages, current = self._calibration.stages, trainer.current_epoch - self._first_epoch
-        blocks = stages[current].blocks
-        if current == len(stages) - 1:
+        assert self._run is not None
+        stage = trainer.current_epoch - self._first_epoch
+        blocks = self._run.calibration.stages[stage].blocks
+        if self._run.solves_all:
             self._measure("compressed", trainer, pl_module, blocks)
-        elif self.validate_every_block and blocks:
+        elif self.validate_every_block and blocks and stage < self.state.finished:
             self._measure(f"after {blocks} blocks", trainer, pl_module, blocks)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,33 +204,19 @@ class SparseGPTCallback(Callback):
             IncompleteRunError: something ended the run before its last epoch.
         """
         assert isinstance(pl_module, CausalLMModule)
-        self._check_complete(trainer)
-        assert self._calibration is not None
-        record = RunRecord(
-            model=pl_module.path,
-            calibration={
-                "mode": self.calibration,
-                "tf32_moments": self.tf32_moments,
-                "column_loops": loop_path(pl_module.device),
-                "protocol": calibration_protocol(trainer, self._seen),
-            },
-            recipe=asdict(self.recipe),
-            perplexity=self._perplexity,
-            protocols=evaluation_protocols(trainer, pl_module),
-            seconds=self._seconds,
-            blocks=len(self._calibration.plans.decoder.blocks),
-            versions=versions(),
-        )
+        run = self._check_complete(trainer)
+        how = {"mode": self.calibration, "tf32_moments": self.tf32_moments}
         self.manifest = save_or_rescue(
             [self.target(trainer), *rescue_places(trainer)],
             network_of(pl_module),
             self.solved,
             storage_dtype=pl_module.storage_dtype,
             tokenizer=pl_module.tokenizer,
-            run=record.to_dict(),
+            run=run.record(trainer, pl_module, self.recipe, how).to_dict(),
         )
         write_report(report_path(trainer), self.manifest)
         log_run(trainer.loggers, self.manifest)
+        self.state = replace(self.state, target=str(self.target(trainer)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables, after the progress bar has ended; IncompleteRunError if there was not a single batch."""
@@ -251,7 +234,7 @@ class SparseGPTCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the calibration's tensors, and give the Trainer its settings and the network its mode back."""
-        self._calibration = None
+        self._run = None
         if self._settings is not None:
             self._settings.apply(trainer)
             self._settings = None
@@ -260,38 +243,54 @@ class SparseGPTCallback(Callback):
             if pl_module.network is not None:
                 pl_module.network.eval()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run's state at the end of the last stage, tensors and text; see `trainer/resume.py`."""
+        return self.state.to_checkpoint() if self.state.settings else {}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave out weights of a model that is not whole, and how much of `max_time` this process has used."""
+        checkpoint["callbacks"].pop("Timer", None)
+        if self.state.settings and (self.state.target is None or trainer.state.status != TrainerStatus.FINISHED):
+            checkpoint["state_dict"] = {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the state to go on from; Lightning's loops are set by the callback.
+
+        Raises:
+            ValueError: there is none, or it is of another version.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            found = checkpoint["callbacks"].get(self.state_key)
+            self._resumed = RunState.from_checkpoint(found, str(trainer.ckpt_path))
+            checkpoint.pop("loops", None)
+
     def target(self, trainer: Trainer) -> Path:
         """Return the directory that the compressed model is written to."""
         return Path(self.save_dir).expanduser() if self.save_dir is not None else run_directory(trainer) / "compressed"
 
-    def _check_complete(self, trainer: Trainer) -> None:
-        """Raise IncompleteRunError unless every epoch ran to its end."""
-        assert self._calibration is not None
-        done, planned = trainer.current_epoch - self._first_epoch, len(self._calibration.stages)
-        # In on_train_end the last epoch is counted already, whatever ended the run.
-        if done < planned or not self.solved:
-            raise IncompleteRunError.after(done, planned, len(self.solved), self.target(trainer))
+    def _check_complete(self, trainer: Trainer) -> Run:
+        """Return the run; raises IncompleteRunError unless every stage ran to its end."""
+        assert self._run is not None
+        if not self._run.solves_all:
+            done, planned, kept = self.state.finished, self._run.stages, bool(trainer.checkpoint_callbacks)
+            raise IncompleteRunError.after(done, planned, len(self.solved), self.target(trainer), kept=kept)
+        return self._run
 
-    def _show(self, pl_module: LightningModule, remaining: int) -> None:
+    def _show(self, run: Run, pl_module: LightningModule) -> None:
         """Give the progress bar the error of the last block and the time that is left."""
-        running = time.perf_counter() - self._block_started
-        left = seconds_left(self._block_seconds, running, remaining, closing=self._measure_seconds)
-        if self._last_error is not None and left is not None:
-            pl_module.log_dict({"error": self._last_error, "seconds_left": left}, prog_bar=True, logger=False)
+        finished, running = self.state.block_seconds, time.perf_counter() - run.stage_started
+        left = seconds_left(finished, running, run.stages - self.state.finished, closing=self._measure_seconds)
+        if self.state.error is not None and left is not None:
+            pl_module.log_dict({"error": self.state.error, "seconds_left": left}, prog_bar=True, logger=False)
 
     def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
         """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
         assert isinstance(pl_module, CausalLMModule)
         started = time.perf_counter()
         pl_module.measured_state = label
-        if trainer.enable_validation:
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            trainer.validating = True
-            loop.setup_data()
-            if not loop.skip:
-                loop.run()
-            trainer.training = True
-        self._perplexity[label] = {name: measured.perplexity for name, measured in pl_module.measured.items()}
-        log_perplexity(trainer.loggers, self._perplexity[label], blocks)
+        validate_now(trainer)
+        measured = {name: measured.perplexity for name, measured in pl_module.measured.items()}
+        self.state.perplexity[label] = measured
+        log_perplexity(trainer.loggers, measured, blocks)
         self._measure_seconds = time.perf_counter() - started
-        self._seconds["evaluate"] += self._measure_seconds
+        self.state.seconds["evaluate"] += self._measure_seconds

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,13 +30,14 @@ from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
+from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import CompressionProgressBar, ProgressLines
 from sgpt_lightning.trainer.protocols import closing_line_of
 from sgpt_lightning.trainer.setup import IncompleteRunError
 
 USAGE = {
-    "fit": "sgpt fit --config FILE [--model.path MODEL] [--sgpt.recipe.sparsity 0.5] ...",
+    "fit": "sgpt fit --config FILE [--model.path MODEL] [--sgpt.recipe.sparsity 0.5] [--ckpt_path last] ...",
     "validate": "sgpt validate --config FILE [--model.path MODEL_OR_DIRECTORY] ...",
 }
 
@@ -79,7 +81,6 @@ class SGPTCli(LightningCLI):
                 trainer_defaults={
                     "max_epochs": 1,  # the callback sets it to the number of blocks
                     "default_root_dir": "runs",
-                    "enable_checkpointing": False,
                     "enable_model_summary": False,
                     "devices": 1,
                 },
@@ -89,7 +90,7 @@ class SGPTCli(LightningCLI):
                 parser_kwargs={command: {"usage": usage} for command, usage in USAGE.items()},
             )
         except BaseException as error:
-            error.add_note(self._what_is_lost())
+            error.add_note(self._what_is_left())
             raise
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -113,7 +114,7 @@ class SGPTCli(LightningCLI):
         parser.link_arguments("model.seq_len", "data.seq_len", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard and show our own progress, unless the config asks for something else."""
+        """Log to TensorBoard, show our own progress, keep a checkpoint, unless the config asks for something else."""
         trainer = self.config_init[self.subcommand].trainer
         if trainer.logger in (None, True) and "logger" not in kwargs:
             kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir, default_hp_metric=False)
@@ -122,12 +123,24 @@ class SGPTCli(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             bar = sys.stderr.isatty() if trainer.enable_progress_bar is None else trainer.enable_progress_bar
             shown: Callback = CompressionProgressBar() if bar else ProgressLines()
-            kwargs |= {"callbacks": [shown, *callbacks], "enable_progress_bar": bar}
+            callbacks = [shown, *callbacks]
+            kwargs |= {"callbacks": callbacks, "enable_progress_bar": bar}
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        elif trainer.enable_checkpointing is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, LastCheckpoint()]
         return super().instantiate_trainer(**kwargs)
 
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: checkpoints hold no settings to take over, and are compared with those that are given."""
+
     def before_fit(self) -> None:
-        """Remember which directory, if any, the compressed model is about to replace."""
+        """Remember which directory, if any, the compressed model is about to replace; begin where nothing is kept."""
         self._before = _identity(self._callback().target(self.trainer))
+        if self.config_init.fit.ckpt_path == "last" and not self._last_checkpoints():
+            # As for Lightning, which would say the same: a job that is queued again may always ask for it.
+            warnings.warn("ckpt_path='last': there is no checkpoint yet, the run begins anew", stacklevel=2)
+            self.config_init.fit.ckpt_path = None
 
     def after_validate(self) -> None:
         """Print the closing line, where the model is a compressed one that was measured like the dense one."""
@@ -138,21 +151,41 @@ class SGPTCli(LightningCLI):
     def _callback(self) -> SparseGPTCallback:
         return self._get(self.config_init, "sgpt")
 
-    def _what_is_lost(self) -> str:
-        """Return what became of the run, for a user who stopped it."""
+    def _last_checkpoints(self) -> set[str]:
+        kept = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        return {path for checkpoint in kept for path in checkpoint._find_last_checkpoints(self.trainer)}
+
+    def _what_is_left(self) -> str:
+        """Return what became of the run, for a user who stopped it, and the command that goes on."""
         if getattr(self, "trainer", None) is None or self.subcommand != "fit":
             return "no model was changed"
         target = self._callback().target(self.trainer)
         now = _identity(target)
         if now not in (None, self._before):
             return f"the run is complete, and its model is in {target}"
-        solved = len(self._callback().solved)
-        lost = f"{solved} solved linears are lost" if solved else "nothing was solved yet"
+        left = f"{self._what_is_kept()}; "
         if self._before is None:
-            return f"{lost}; nothing was written to {target}"
+            return f"{left}nothing was written to {target}"
         if now is None:  # stopped between the two renames of a save
-            return f"{lost}; the earlier model in {target} is put back when it is next used"
-        return f"{lost}; the earlier model in {target} is intact"
+            return f"{left}the earlier model in {target} is put back when it is next used"
+        return f"{left}the earlier model in {target} is intact"
+
+    def _what_is_kept(self) -> str:
+        """Return how much of what was solved a checkpoint holds, and the command that goes on from it."""
+        last = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        if last is not None and last.kept:
+            return f"all up to {last.label} is kept, and `{_command_to_go_on()}` goes on from there"
+        solved = len(self._callback().solved)
+        return f"{solved} solved linears are lost, no checkpoint was kept" if solved else "nothing was solved yet"
+
+
+def _command_to_go_on() -> str:
+    """Return the command line that was given, with the last checkpoint to go on from."""
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--ckpt_path=")]
+    if "--ckpt_path" in given:
+        at = given.index("--ckpt_path")
+        del given[at : at + 2]
+    return shlex.join(["sgpt", *given, "--ckpt_path", "last"])
 
 
 def _identity(directory: Path) -> int | None:
@@ -182,7 +215,10 @@ def run() -> None:
     except MisconfigurationException as error:
         raise ValueError(f"trainer cannot be set up like this: {error}") from error
     except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError) as error:
-        raise ValueError(str(error)) from error
+        wrong = ValueError(str(error))
+        for note in error.__notes__:
+            wrong.add_note(note)
+        raise wrong from error
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,6 +1,11 @@
-"""What a run tells Lightning's loggers: scalars by block, histograms of widths, and the tables as text."""
+"""What a run tells Lightning's loggers: scalars by block, histograms of widths, and the tables as text.
 
-from collections.abc import Iterable, Mapping
+A perplexity that makes the model useless is told to everybody, as a warning.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -10,7 +15,14 @@ from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import DecoderBlocks
 from sgpt_lightning.recipe import MAX_BITS
 from sgpt_lightning.report.plan import plan_image, plan_table
-from sgpt_lightning.report.run import ledger_table, linear_reports, linears_table, summary_table
+from sgpt_lightning.report.run import (
+    ledger_table,
+    linear_reports,
+    linears_table,
+    perplexity_alarm,
+    status_line,
+    summary_table,
+)
 from sgpt_lightning.report.tables import format_table, overall_histogram
 
 
@@ -29,6 +41,8 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], d
                 "sparsity": report.sparsity,
                 "bytes": float(report.bytes),
                 "bits_per_weight": report.bits_per_weight,
+                "damp_percent": report.damp_percent,
+                "rounded": float(report.status == "rounded"),
             }
             if report.relative_error is not None:
                 figures["relative_error"] = report.relative_error
@@ -40,9 +54,29 @@ def log_linears(loggers: Iterable[Logger], solved: Mapping[str, SolvedLinear], d
             _log_histogram(logger, f"bits/{kind}", report.bits_histogram, index + 1)
 
 
+def log_earlier(
+    loggers: Sequence[Logger],
+    perplexity: Mapping[str, Mapping[str, float]],
+    solved: Mapping[str, SolvedLinear],
+    decoder: DecoderBlocks,
+) -> None:
+    """Log what an earlier run did that this one goes on from; perplexities by state, as `RunRecord` has them."""
+    for state, measured in perplexity.items():
+        after = re.fullmatch(r"after (\d+) blocks", state)
+        if state != "compressed":
+            log_perplexity(loggers, measured, int(after[1]) if after else 0)
+    linears = decoder.linears()
+    log_linears(loggers, {name: linear for name, linear in solved.items() if name in linears}, decoder)
+
+
 def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
-    """Log the overall histogram, recipe and tables as text, and hparams with final perplexity and size."""
-    record = manifest.record
+    """Log the overall histogram, recipe and tables as text, and hparams with final perplexity and size.
+
+    Warns of a perplexity more than ten times the dense model's, whatever the loggers.
+    """
+    record, alarm = manifest.record, perplexity_alarm(manifest)
+    if alarm:
+        warnings.warn(alarm, stacklevel=2)
     recipe, final = record.recipe, record.perplexity.get("compressed", {})
     metrics = {f"final/perplexity/{name}": value for name, value in final.items()}
     metrics |= {
@@ -50,6 +84,7 @@ def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
         "final/bits_per_weight": manifest.ledger.linear_bits_per_weight,
     }
     blocks, linears = record.blocks, linear_reports(manifest)
+    metrics["final/rounded_linears"] = float(sum(linear.status == "rounded" for linear in linears))
     for logger in loggers:
         _log_histogram(logger, "bits/all", overall_histogram(linears), blocks)
         if not isinstance(logger, TensorBoardLogger):
@@ -63,6 +98,7 @@ def log_run(loggers: Iterable[Logger], manifest: Manifest) -> None:
             "ledger": ledger_table(manifest),
             "plan": plan_table(linears),
             "linears": linears_table(manifest),
+            "status": "\n\n".join(filter(None, [status_line(manifest), alarm])),
         }
         for tag, text in texts.items():
             logger.experiment.add_text(tag, text, blocks)

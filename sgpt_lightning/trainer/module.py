@@ -136,6 +136,7 @@ class CausalLMModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Begin a run: each evaluation batch is checked once in it."""
         self._checked.clear()
+        self.strict_loading = stage != "fit"  # a run that goes on begins with the dense model; see `trainer/resume.py`
 
     def as_loaded(self, batch: Any) -> Any:
         """Return the batch that a step was given as `TextDataModule` sent it, to look at without waiting for a GPU.
@@ -194,16 +195,19 @@ class CausalLMModule(LightningModule):
         checkpoint["state_dict"].pop("clock", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the clock back.
+        """Put the clock back; load nothing where a fit is to go on, which is for the callback to do.
 
         Raises:
-            ValueError: a fit is to go on from the checkpoint: what was half compressed cannot be taken up yet.
+            ValueError: the weights of a run that was stopped are asked for: its checkpoint holds none.
         """
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint["state_dict"] = {}
+        elif not checkpoint["state_dict"]:
             raise ValueError(
-                f"resuming is not supported, got ckpt_path={str(self.trainer.ckpt_path)!r}: start again without it"
+                "a checkpoint of a compression that was stopped holds no whole model; fit(ckpt_path=...) ends it"
             )
-        checkpoint["state_dict"]["clock"] = self.clock.detach()
+        else:
+            checkpoint["state_dict"]["clock"] = self.clock.detach()
 
 
 def runs_on_cuda(trainer: Trainer | None) -> bool:

@@ -104,6 +104,12 @@ class ProgressLines(Callback):
         """Say what is compressed, and where."""
         _print(f"compressing {getattr(pl_module, 'path', 'the model')} on {trainer.strategy.root_device}")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the run goes on, if an earlier one began it."""
+        stages = pl_module.stages if isinstance(pl_module, CausalLMModule) else {}
+        if stages and trainer.ckpt_path is not None and trainer.current_epoch > min(stages):
+            _print(f"going on with {stages[trainer.current_epoch].label}, from {trainer.ckpt_path}")
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()

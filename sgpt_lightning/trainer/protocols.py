@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
@@ -15,36 +13,31 @@ from sgpt_lightning.report.run import closing_line
 from sgpt_lightning.trainer.module import CausalLMModule
 
 
-class TextSeen(NamedTuple):
-    """Calibration text that really went in; padding is not counted."""
-
-    windows: int
-    tokens: int
-
-    def with_batch(self, batch: Mapping[str, Tensor]) -> "TextSeen":
-        """Count a batch in: `input_ids` `[batch, time]` and optionally `attention_mask`, of which values are read."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        return TextSeen(self.windows + int(real.any(1).sum()), self.tokens + int(real.sum()))
+def text_protocols(trainer: Trainer) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return how the data module made the calibration text and each evaluation text; empty without its word."""
+    data = getattr(trainer, "datamodule", None)
+    calibration, evaluation = getattr(data, "calibration_protocol", None), getattr(data, "protocols", {})
+    return (
+        {} if calibration is None else asdict(calibration),
+        {name: asdict(protocol) for name, protocol in evaluation.items()},
+    )
 
 
-def calibration_protocol(trainer: Trainer, seen: TextSeen) -> dict[str, Any]:
-    """Return how the calibration text was made, by the data module's word, and how much of it went in."""
-    protocol = getattr(getattr(trainer, "datamodule", None), "calibration_protocol", None)
-    return _as_used({} if protocol is None else asdict(protocol), seen.windows, "trainer.limit_train_batches")
+def calibration_protocol(trainer: Trainer, windows: int) -> dict[str, Any]:
+    """Return how the calibration text was made, by the data module's word, and how many windows of it went in."""
+    return _as_used(text_protocols(trainer)[0], windows, "trainer.limit_train_batches")
 
 
 def evaluation_protocols(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, dict[str, Any]]:
     """Return how each perplexity was measured: the text's protocol, and the model's dtype and attention."""
     assert pl_module.network is not None
-    texts = getattr(getattr(trainer, "datamodule", None), "protocols", {})
+    _, texts = text_protocols(trainer)
     model = {
         "dtype": str(next(pl_module.network.parameters()).dtype).removeprefix("torch."),
         "attn_implementation": getattr(pl_module.network.config, "_attn_implementation", None),
     }
     return {
-        name: _as_used(asdict(texts[name]) if name in texts else {}, measured.windows, "trainer.limit_val_batches")
-        | model
+        name: _as_used(texts.get(name, {}), measured.windows, "trainer.limit_val_batches") | model
         for name, measured in pl_module.measured.items()
     }
 

@@ -21,15 +21,15 @@ from sgpt_lightning.trainer.module import CausalLMModule
 
 
 class IncompleteRunError(RuntimeError):
-    """A run that ended before all linears were solved; nothing was written."""
+    """A run that ended before all linears were solved; no model was written."""
 
     @classmethod
-    def after(cls, done: int, planned: int, linears: int, target: Path) -> "IncompleteRunError":
-        """Say how many epochs were done and linears solved, and where nothing was written."""
+    def after(cls, done: int, planned: int, linears: int, target: Path, *, kept: bool) -> "IncompleteRunError":
+        """Say how many epochs were done and linears solved, where nothing was written, and whether all that is lost."""
+        lost = "" if kept or not linears else ". They are lost: a LastCheckpoint among the callbacks keeps them"
         return cls(
-            f"the run ended after {done} of {planned} epochs, {linears} linears solved: the model is not "
-            f"compressed and nothing was written to {target}. Look for trainer.max_time, "
-            "limit_train_batches or a callback that stops the run"
+            f"the run ended after {done} of {planned} epochs, {linears} linears solved, and nothing was written to "
+            f"{target}: trainer.max_time or a callback stopped it, or there was no batch{lost}"
         )
 
 
@@ -125,6 +125,17 @@ def count_tokens(trainer: Trainer) -> TokenCounts:
             check_batch(network_of(trainer.lightning_module), batch, f"calibration batch {index}")
             counts.add(batch)
     return counts
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the Trainer's validation loop in the middle of a fit, if there is anything to validate on."""
+    if trainer.enable_validation:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        trainer.validating = True
+        loop.setup_data()
+        if not loop.skip:
+            loop.run()
+        trainer.training = True
 
 
 def warn_of_few_tokens(tokens: int, linears: Mapping[str, nn.Module]) -> None:

@@ -112,7 +112,7 @@ def test_experts_in_a_list_are_not_taken_for_decoder_blocks():
 
 
 def test_the_blocks_are_those_of_the_language_model():
-    assert find_decoder_blocks(SeeingModel()).path == "text.layers"
+    assert find_decoder_blocks(SeeingModel()).names == ["text.layers.0", "text.layers.1"]
 
 
 def test_blocks_of_several_classes_are_named_as_such():

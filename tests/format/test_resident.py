@@ -41,7 +41,7 @@ def test_weight_rows_and_the_stored_form_are_bit_for_bit_what_was_packed(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("35")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_a_product_is_that_of_the_weight_to_the_rounding_of_its_dtype(case, dtype):
     solution = CASES[case]
     x = torch.randn(3, solution.shape[1], generator=generator(1)).to(dtype)
@@ -67,8 +67,8 @@ def test_a_module_may_keep_the_tensors_as_buffers_and_cast_itself():
     assert moved.device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("bits", range(1, 26))
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 70, 96])
+@pytest.mark.parametrize("bits", [*range(1, 9), 13, 25])
+@pytest.mark.parametrize("count", [31, 70, 96])
 def test_fields_lie_where_the_drawing_says(bits, count):
     fields = torch.randint(1 << bits, (3, count), generator=generator(bits), dtype=torch.int32)
     fields[0] = (1 << bits) - 1

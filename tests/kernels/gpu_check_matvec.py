@@ -1,7 +1,7 @@
 """Kernels on weights in memory on a GPU against the reference, and timings; a script: torch, Triton and the package.
 
     PYTHONPATH=. python tests/kernels/gpu_check_matvec.py
-    PYTHONPATH=. python tests/kernels/gpu_check_matvec.py --no-cases --rows 16 32 64 --programs 256 512 1024 --warps 4 8
+    PYTHONPATH=. python tests/kernels/gpu_check_matvec.py --tune
 
 First a line for each kind of weight: whether `weight()` is the reference's bit for bit in three dtypes, and how far
 `matvec` is from float64, over the sum of the products' sizes (1e-5 is a lot), for 1 row of x, or for 1, 3 and 8. Each
@@ -10,7 +10,7 @@ kernel takes Triton seconds to compile, so `--cases all` takes minutes.
 Then, by shape and weight, the microseconds of one product of one row in a CUDA graph that goes round copies of the
 weight, more of them than the cache holds; of `torch.nn.functional.linear` in float16 likewise; of the bandwidth floor:
 bytes in memory over the measured rate of a copy; and the milliseconds of `weight(float16)`. A case that fails prints
-its traceback.
+its traceback. `--tune` times three weights at 4096x4096 with rows a thread and warps of all kinds, and nothing else.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from sgpt_lightning.format.launch import has_kernels
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_weight
 from sgpt_lightning.format.resident import Resident, lay_out, reside
+from sgpt_lightning.kernels import masked
 from sgpt_lightning.kernels import matvec as kernels
 from sgpt_lightning.kernels import unpack as unpackers
 
@@ -123,7 +124,7 @@ def weights_of(rows: int, columns: int) -> dict[str, Solution]:
         f"dense {bits} bits": quantized(rows, columns, (bits,), "zero-point") for bits in (3, 4, 8)
     }
     made["dense 2 to 8 bits"] = quantized(rows, columns, (2, 3, 4, 6, 8), "zero-point")
-    made["dense 4 bits, groups of 128"] = quantized(rows, columns, (4,), "zero-point", group=128)
+    made["4 bits, groups of 128"] = quantized(rows, columns, (4,), "zero-point", group=128)
     made["50 % and 4 bits"] = quantized(rows, columns, (4,), "zero-free", 0.5)
     return made | {f"coded, spread {spread}": coded(rows, columns, spread) for spread in (1.87, 3.74)}
 
@@ -178,20 +179,35 @@ def laid_out(rows: int, columns: int, only: str) -> dict[str, Resident]:
     return found
 
 
+def tune() -> None:
+    """Print the microseconds of a product for each setting, and the best one of each weight."""
+    x = torch.randn(1, 4096, device=DEVICE).half()
+    for name in ("dense 4 bits", "coded, spread 1.87", "50 % and 4 bits"):
+        many = copies(laid_out(4096, 4096, name)[name])
+        module, found = masked if name.startswith("50") else kernels, {}
+        before = module.ROWS, module.WARPS
+        for rows in (1, 2, 4, 8):
+            for module.WARPS in (2, 4, 8):
+                module.ROWS = {1: rows} if module is kernels else rows
+                found[rows, module.WARPS] = microseconds([lambda r=r: r.matvec(x) for r in many])
+        module.ROWS, module.WARPS = before
+        settings = ", ".join(f"({rows}, {warps}) {time:.1f}" for (rows, warps), time in found.items())
+        best = min(found, key=lambda setting: found[setting])
+        print(f"{name}: (rows, warps) us: {settings}; best {best}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "16384x4096", "4096x16384"])
     parser.add_argument("--only", default="", help="weights whose name has this")
-    parser.add_argument("--rows", nargs="+", type=int, default=[kernels.ROWS[1]], help="rows of a program")
-    parser.add_argument("--programs", nargs="+", type=int, default=[kernels.PROGRAMS])
-    parser.add_argument("--warps", nargs="+", type=int, default=[kernels.WARPS])
+    parser.add_argument("--tune", action="store_true", help="only look for the best settings")
     parser.add_argument("--cases", choices=["few", "all"], default="few")
     parser.add_argument("--no-cases", action="store_true", help="leave out whether results are right")
     arguments = parser.parse_args()
     paths._KERNEL_DEVICES[:] = [DEVICE.type]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU (with TRITON_INTERPRET=1 only)"
     print(f"{device}, torch {torch.__version__}, unpacking {unpackers.ROWS} rows a program")
-    if not arguments.no_cases:
+    if not arguments.no_cases and not arguments.tune:
         for name, solution in solutions(75, 1200).items():
             if arguments.cases == "few" and name not in FEW:
                 continue
@@ -202,14 +218,11 @@ def main() -> None:
                 traceback.print_exc()
     rate = copy_rate()
     print(f"a copy moves {rate / 1e12:.2f} TB/s")
-    for shape in arguments.shapes:
+    if arguments.tune:
+        tune()
+    for shape in [] if arguments.tune else arguments.shapes:
         rows, columns = map(int, shape.split("x"))
-        residents = laid_out(rows, columns, arguments.only)
-        for kernels.WARPS in arguments.warps:
-            for kernels.ROWS[1] in arguments.rows:
-                for kernels.PROGRAMS in arguments.programs:
-                    print(f"--- {kernels.ROWS[1]} rows a program, {kernels.PROGRAMS} programs, {kernels.WARPS} warps")
-                    time_shape(residents, rows, columns, rate)
+        time_shape(laid_out(rows, columns, arguments.only), rows, columns, rate)
     print(f"refused: {paths._refused or 'nothing'}")
 
 

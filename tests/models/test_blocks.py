@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from models_for_tests import FAMILIES, make_model, make_tokens
+from models_for_tests import MIXTURES_OF_EXPERTS, VARIANTS, make_model, make_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,9 +14,6 @@ from sgpt_lightning.models.linears import find_linears, set_weight_matrix, weigh
 from sgpt_lightning.models.replay import BlockReplay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EAGER_ONLY = {"gemma2", "bloom", "gpt-j", "mpt"}  # transformers refuses sdpa for them
-VARIANTS = [(family, "eager") for family in FAMILIES]
-VARIANTS += [(family, "sdpa") for family in FAMILIES if family not in EAGER_ONLY]
 
 
 def make_batch(rows: int, time: int, seed: int, padded: bool) -> dict[str, Tensor]:
@@ -159,7 +156,7 @@ def test_the_linears_of_the_blocks_are_found_and_no_head_or_projection_around_th
     model = make_model(family)
     path, names = EXPECTED_LINEARS[family]
     decoder = find_decoder_blocks(model)
-    assert decoder.path == path
+    assert decoder.names == [f"{path}.0", f"{path}.1"]
     assert set(decoder.linears(1)) == {f"{path}.1.{name}" for name in names}
     assert set(decoder.linears()) == {f"{path}.{index}.{name}" for index in (0, 1) for name in names}
     assert all(linear is model.get_submodule(name) for name, linear in decoder.linears().items())
@@ -179,9 +176,10 @@ def test_a_model_without_decoder_blocks_is_refused(model):
         find_decoder_blocks(model)
 
 
-def test_experts_in_3d_parameters_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*layers\.1\.mlp\.experts"):
-        find_decoder_blocks(make_model("mixtral"))
+@pytest.mark.parametrize("family", MIXTURES_OF_EXPERTS)
+def test_experts_in_3d_parameters_are_refused_by_name(family):
+    with pytest.raises(ValueError, match=r"experts.*layers\.0\.mlp\.experts\.gate_up_proj.*layers\.1\.mlp\.experts"):
+        find_decoder_blocks(make_model(family))
 
 
 @pytest.mark.parametrize(

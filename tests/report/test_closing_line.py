@@ -1,9 +1,13 @@
 """The closing line, of manifests made by hand."""
 
+import math
+import warnings
+
 import pytest
 
 from sgpt_lightning.format.manifest import Ledger, Manifest
-from sgpt_lightning.report.run import closing_line
+from sgpt_lightning.report.run import closing_line, perplexity_alarm, run_tables
+from sgpt_lightning.trainer.logs import log_run
 
 
 def manifest(perplexity: dict, linears: int = 3000, embeddings: int = 700) -> Manifest:
@@ -40,3 +44,23 @@ def test_figures_measured_since_stand_against_the_dense_ones_of_the_run():
 
 def test_a_file_that_is_larger_than_in_16_bits_is_called_larger():
     assert closing_line(manifest({}, embeddings=26_700)).endswith("1.5x larger")
+
+
+@pytest.mark.parametrize("value", [201.0, math.inf, math.nan])
+def test_a_perplexity_of_more_than_ten_times_the_dense_one_is_told_everywhere_with_its_data_set(value):
+    broken = manifest({"dense": {"docs": 20.0, "c4": 40.0}, "compressed": {"docs": value, "c4": 400.0}})
+    alarm = f"perplexity is more than 10x the dense model's ({value / 20:.3g}x on docs)"
+    assert alarm in perplexity_alarm(broken)
+    assert alarm in closing_line(broken)
+    assert alarm in run_tables(broken)
+    with pytest.warns(UserWarning, match=r"more than 10x the dense model's \(.*x on docs\)"):
+        log_run([], broken)
+
+
+def test_ten_times_the_dense_perplexity_is_no_alarm_and_neither_is_what_was_not_measured():
+    for perplexity in ({"dense": {"docs": 20.0}, "compressed": {"docs": 200.0}}, {"compressed": {"docs": 1e9}}, {}):
+        assert perplexity_alarm(manifest(perplexity)) == ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            log_run([], manifest(perplexity))
+    assert "11.5x on docs" in closing_line(manifest(BOTH), {"docs": 230.0})  # measured since

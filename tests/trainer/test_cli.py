@@ -55,7 +55,8 @@ def test_stdout_is_the_table_alone_and_says_what_the_report_says(readme_runs):
     assert [line[0] for line in lines[:4]] == ["|"] * 4
     assert [line.split("|")[1].strip() for line in lines[5:9:3]] == ["block, bits/weight", "1"]  # the plan: two blocks
     assert [line.partition(":")[0] for line in lines[-3:-1]] == ["compressed model", "report"]
-    assert len(lines) == 4 + 1 + 4 + 1 + 1 + 2 + 1
+    assert lines[-4].startswith("sha256 ")
+    assert len(lines) == 4 + 1 + 4 + 1 + 2 + 2 + 1
     assert f"{report['perplexity']['dense']['python-docs']:.3f}" in lines[2]
     assert f"{report['perplexity']['compressed']['python-docs']:.3f}" in lines[3]
     assert f"{report['bits_per_weight']['linears']:.2f}" in lines[3]
@@ -392,6 +393,8 @@ def test_sigterm_ends_with_143_and_a_true_line_about_the_model_that_was_there(te
     assert "Traceback" not in said
     if fingerprint(target) == before:
         assert last.endswith(f"; the earlier model in {target} is intact")
+        kept = "nothing was solved yet" if moment == "loading" else "--ckpt_path last` goes on from there"
+        assert kept in last
     else:
         assert moment == "saving"
         assert last.endswith(("is complete, and its model is in " + str(target), "too late, the run is complete"))

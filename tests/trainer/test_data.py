@@ -287,7 +287,7 @@ def test_batches_are_checked_before_they_leave_the_host_and_once_in_a_run(texts,
         arrived.append({name: value.clone() for name, value in batch.items()})
         return arrived[-1]
 
-    for room in ("module", "callback"):
+    for room in ("module", "run"):
         monkeypatch.setattr(f"sgpt_lightning.trainer.{room}.check_batch", check)
     monkeypatch.setattr(Strategy, "batch_to_device", transfer)
     sizes = {"seq_len": 16, "num_samples": 10, "eval_windows": 7, "batch_size": 4}

@@ -80,6 +80,8 @@ def test_more_damping_than_asked_for_is_said_on_the_screen_with_every_name(starv
     root, _, printed = starved
     assert "all as asked" not in printed
     (line,) = [line for line in printed.splitlines() if "not as asked" in line]
+    closing = [line for line in printed.splitlines() if " bits a weight" in line]
+    assert closing[-1].endswith("12 of 12 linears with more damping or precision than asked for")
     for linear in json.loads((root / "report.json").read_text())["linears"]:
         assert f"{linear['name']} ({linear['status']}, damping {linear['damp_percent']:g})" in line
 

@@ -103,19 +103,6 @@ def test_data_without_a_length_is_refused_before_anything_runs(tmp_path):
         make_trainer(tmp_path, SparseGPTCallback(PRUNED)).fit(module(), torch.utils.data.DataLoader(Endless()))
 
 
-def test_resuming_is_refused_whatever_the_checkpoint_holds(tmp_path):
-    first = make_trainer(tmp_path, SparseGPTCallback(PRUNED))
-    first.fit(module(), make_loader())
-    first.save_checkpoint(tmp_path / "own.ckpt")
-    other = torch.load(tmp_path / "own.ckpt", weights_only=True)
-    other["state_dict"] = {"of.another.model": torch.zeros(1)}
-    torch.save(other, tmp_path / "other.ckpt")
-    for name in ("own.ckpt", "other.ckpt"):
-        dense = module()
-        with pytest.raises(ValueError, match=rf"resuming is not supported.*{name}"):
-            make_trainer(tmp_path, SparseGPTCallback(PRUNED)).fit(dense, make_loader(), ckpt_path=tmp_path / name)
-
-
 def test_a_model_is_compressed_once(tmp_path):
     compressed = module()
     make_trainer(tmp_path, SparseGPTCallback(PRUNED, save_dir=str(tmp_path / "out"))).fit(compressed, make_loader())
