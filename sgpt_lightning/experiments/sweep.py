@@ -55,6 +55,8 @@ def monotone_line(method: str, points: Sequence[tuple[str, Sequence[Row]]], text
         points: name of the arm and its rows, by ascending budget.
         text: whose perplexity counts.
     """
+    if len(points) < 2:
+        return f"{method}: no curve, fewer than two of its arms ran"
     wrong = []
     for (_, before), (name, after) in itertools.pairwise(points):
         rise = mean(after, lambda row: row.perplexity[text]) - mean(before, lambda row: row.perplexity[text])

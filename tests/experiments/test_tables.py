@@ -77,7 +77,9 @@ def test_csv_and_json_hold_every_row_and_the_failure(outcome, tmp_path):
 
 def test_a_curve_is_called_monotone_only_where_it_is():
     points = [("2", [row("2", 0, 30.0), row("2", 1, 20.0)]), ("3", [row("3", 0, 26.0, file_bytes=7_000_001)])]
-    assert monotone_line("m", [points[0]], "text") == "m: monotone"
+    better = ("4", [row("4", 0, 19.0, file_bytes=7_000_001)])
+    assert monotone_line("m", [points[0], better], "text") == "m: monotone"
+    assert "fewer than two" in monotone_line("m", [better], "text")
     assert monotone_line("m", points, "text") == "m: NOT monotone, perplexity rises by 1.00 up to 3"
     assert "bytes do not rise up to 2" in monotone_line("m", points[::-1], "text")
     assert "perplexity" not in monotone_line("m", points[::-1], "text")
