@@ -185,12 +185,13 @@ def tune() -> None:
     for name in ("dense 4 bits", "coded, spread 1.87", "50 % and 4 bits"):
         many = copies(laid_out(4096, 4096, name)[name])
         module, found = masked if name.startswith("50") else kernels, {}
-        before = module.ROWS, module.WARPS
+        before = module.ROWS, module.WARPS, kernels.CODED_WARPS
         for rows in (1, 2, 4, 8):
             for module.WARPS in (2, 4, 8):
+                kernels.CODED_WARPS = module.WARPS
                 module.ROWS = {1: rows} if module is kernels else rows
                 found[rows, module.WARPS] = microseconds([lambda r=r: r.matvec(x) for r in many])
-        module.ROWS, module.WARPS = before
+        module.ROWS, module.WARPS, kernels.CODED_WARPS = before
         settings = ", ".join(f"({rows}, {warps}) {time:.1f}" for (rows, warps), time in found.items())
         best = min(found, key=lambda setting: found[setting])
         print(f"{name}: (rows, warps) us: {settings}; best {best}", flush=True)
