@@ -148,7 +148,6 @@ def _masked(
     number = tl.minimum(own, rows - 1)[:, None]
     row = tl.load(row_order + number).to(tl.int32) if ROW_ORDERED else number
     input = tl.program_id(1).to(tl.int64)
-    x += input * inputs
     into = out + row.to(tl.int64) * columns
     row_words = (count + 31) // 32
     base = mask + number.to(tl.int64) * row_words
@@ -157,9 +156,10 @@ def _masked(
     codes = words + (bit >> 5)
     before = (bit & 31).to(tl.int32)
     if GROUP == 0:
-        step, zero = grid_scale(span, origin, row, segment, segments, number >= 0, KIND, BITS, WIDEST)
+        step, zero = grid_scale(span, origin, row, segment, segments, number >= 0, KIND, BITS, WIDEST, PRODUCT == 1)
     total = tl.zeros([ROWS, LANES], tl.float32)
     lanes = tl.arange(0, LANES)[None, :]
+    x += input * inputs + lanes
     for at in range(0, row_words, LANES):
         lane = at + lanes
         word = tl.load(base + lane + number * 0, mask=lane + number * 0 < row_words, other=0)
@@ -182,12 +182,12 @@ def _masked(
                     step, zero = grid_scale(span, origin, row, column // GROUP, segments, survives, KIND, BITS, WIDEST)
                 value = grid_value(code, step, zero, KIND, BITS)
                 if PRODUCT == 1:
-                    total += tl.where(survives, value, 0.0) * tl.load(x + (start + k) * LANES + lanes)
+                    total += tl.where(survives, value, 0.0) * tl.load(x + k * LANES)
                 else:
                     there = survives & (own[:, None] < rows)
                     tl.store(into + column, value.to(out.dtype.element_ty), mask=there)
                 buffer = tl.where(survives, buffer >> BITS, buffer)
             word = word >> FIELDS
-        x += 32 * LANES
+            x += FIELDS * LANES
     if PRODUCT == 1:
         _put_sums(out + input * out_features, total, own, rows, row_order, ROW_ORDERED)

@@ -5,7 +5,7 @@
 
 First a line for each kind of weight: whether `weight()` is the reference's bit for bit in three dtypes, and how far
 `matvec` is from float64, over the sum of the products' sizes (1e-5 is a lot), for 1 row of x, or for 1, 3 and 8. Each
-kernel takes Triton seconds to compile, so `--cases all` takes minutes.
+kernel takes Triton seconds to compile, so `--cases all` takes minutes; `--cases masked` has masks and one width.
 
 Then, by shape and weight, the microseconds of one product of one row in a CUDA graph that goes round copies of the
 weight, more of them than the cache holds; of `torch.nn.functional.linear` in float16 likewise; of the bandwidth floor:
