@@ -5,7 +5,7 @@
 
 First a line for each kind of weight: whether `weight()` is the reference's bit for bit in three dtypes, and how far
 `matvec` is from float64, over the sum of the products' sizes (1e-5 is a lot), for 1 row of x, or for 1, 3 and 8. Each
-kernel takes Triton seconds to compile, so `--cases all` takes minutes.
+kernel takes Triton seconds to compile, so `--cases all` takes minutes; `--cases masked` has masks and one width.
 
 Then, by shape and weight, the microseconds of one product of one row in a CUDA graph that goes round copies of the
 weight, more of them than the cache holds; of `torch.nn.functional.linear` in float16 likewise; of the bandwidth floor:
@@ -50,6 +50,8 @@ FEW = [
     "{'widths': (2, 3, 4, 6, 8), 'kind': 'zero-free', 'axis': 'output', 'mask': 0.6}",
     *("coded 1.3", "coded 3000.0", "coded, some apart"),
 ]
+MASKED = [name for name in FEW if "mask" in name and "axis" not in name]
+"""Of one width: each width is as many kernels."""
 SIDE_BY_SIDE = [FEW[1], FEW[10], FEW[-1]]
 
 
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "16384x4096", "4096x16384"])
     parser.add_argument("--only", default="", help="weights whose name has this")
     parser.add_argument("--tune", action="store_true", help="only look for the best settings")
-    parser.add_argument("--cases", choices=["few", "all"], default="few")
+    parser.add_argument("--cases", choices=["few", "masked", "all"], default="few")
     parser.add_argument("--no-cases", action="store_true", help="leave out whether results are right")
     arguments = parser.parse_args()
     paths._KERNEL_DEVICES[:] = [DEVICE.type]
@@ -210,7 +212,7 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}, unpacking {unpackers.ROWS} rows a program")
     if not arguments.no_cases and not arguments.tune:
         for name, solution in solutions(75, 1200).items():
-            if arguments.cases == "few" and name not in FEW:
+            if name not in {"few": FEW, "masked": MASKED}.get(arguments.cases, [name]):
                 continue
             try:
                 check_case(name, solution)
