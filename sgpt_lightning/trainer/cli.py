@@ -207,7 +207,8 @@ def run() -> None:
     # Windows are one tensor in memory: worker processes would only copy it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # "max_epochs reached", advertisements, hardware that is not there: nobody asked.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.showwarning = show_warning
     silence_transformers()
     try:

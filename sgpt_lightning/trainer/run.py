@@ -25,7 +25,7 @@ from sgpt_lightning.trainer.logs import log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.protocols import calibration_protocol, evaluation_protocols
 from sgpt_lightning.trainer.resume import BatchDigest, RunState, batches_on_device, check_same_text
-from sgpt_lightning.trainer.setup import count_tokens, rescue_places, warn_of_few_tokens
+from sgpt_lightning.trainer.setup import check_dealt, count_tokens, rescue_places, warn_of_few_tokens
 
 
 class Run:
@@ -59,8 +59,10 @@ class Run:
         """Code embeddings, or bring model and calibration to where the earlier run left them.
 
         Raises:
-            ValueError: the calibration batches are not those of the earlier run, or an embedding cannot be coded.
+            ValueError: the calibration batches are not those of the earlier run, or cannot be dealt to processes, or an
+                embedding cannot be coded.
         """
+        check_dealt(trainer, trainer.train_dataloader, "the calibration data")
         started = time.perf_counter()
         plans, ranks = self.calibration.plans, self.calibration.plans.ranks
         if self.state.finished:

@@ -104,7 +104,7 @@ def use_processes(trainer: Trainer) -> Ranks:
 
 
 def check_dealt(trainer: Trainer, loader: object, what: str) -> None:
-    """Refuse data that a sampler of Lightning deals to several processes with windows that come twice.
+    """Refuse data of which Lightning's own sampler gives some windows to two processes.
 
     Raises:
         ValueError: a dataset that cannot be dealt evenly; `what` names it.
@@ -164,6 +164,9 @@ def validate_now(trainer: Trainer) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         trainer.validating = True
         loop.setup_data()
+        loaders = trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            check_dealt(trainer, loader, "the evaluation data")
         if not loop.skip:
             loop.run()
         trainer.training = True

@@ -2,16 +2,24 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranked_runs import Job, run, start
+from readme_runs import ROOT, SIZES
 from runs_for_tests import weight_file
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, DistributedSampler
 
 from sgpt_lightning.calibration.ranks import ALONE, deal
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.trainer.data import InOrderSampler, TokenWindows
+from sgpt_lightning.trainer.setup import check_dealt
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -116,6 +124,35 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
     assert list(ended) == [0]
     assert ended[0].error.startswith("RankError: another process of the run ended without a word")
     assert ended[0].seconds < MOST_SECONDS
+
+
+def test_the_command_line_starts_the_other_processes_and_one_of_them_writes(two_blocks, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "sgpt_lightning", "fit", "--model.path", two_blocks, *SIZES]
+    settings = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "default_root_dir": tmp_path}
+    command += [part for name, value in settings.items() for part in (f"--trainer.{name}", value)]
+    done = subprocess.run(
+        [*map(str, command), "--sgpt.recipe.preset", "sparsegpt", "--data.eval_windows", "3"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits a weight") == done.stdout.count("sha256") == 1
+    assert done.stderr.count("perplexity on python-docs compressed") == 1
+    (run_directory,) = (tmp_path / "lightning_logs").iterdir()
+    assert len(list(run_directory.glob("events.*"))) == 1
+    report = json.loads((run_directory / "report.json").read_text())
+    assert report["protocols"]["python-docs"]["windows"] == 3
+    assert load_compressed(run_directory / "compressed") is not None
+
+
+def test_data_of_which_some_would_count_twice_is_refused():
+    trainer, rows = SimpleNamespace(world_size=2), list(torch.arange(5))
+    uneven, even = (DataLoader(some, sampler=DistributedSampler(some, 2, 0)) for some in (rows, rows[:4]))
+    with pytest.raises(ValueError, match=r"the data has 5 windows.*2 processes.*twice.*InOrderSampler"):
+        check_dealt(trainer, uneven, "the data")
+    check_dealt(trainer, even, "the data")
+    windows = TokenWindows(torch.zeros(5, 4, dtype=torch.int64))
+    check_dealt(trainer, DataLoader(windows, sampler=InOrderSampler(windows, 2, 0)), "the data")
 
 
 def test_jobs_are_dealt_evenly_by_cost():
