@@ -37,8 +37,11 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._group = group
-        self._store: Any = dist.distributed_c10d._get_default_store() if size > 1 else None
+        self._store = _store() if size > 1 else None
         self._left = False
+        if size > 1:
+            with suppress(RuntimeError):
+                self._store.delete_key(_key(rank))  # of an earlier run
 
     @property
     def is_first(self) -> bool:
@@ -133,6 +136,8 @@ class Ranks:
             return
         self._left = True
         if not isinstance(error, RankError):
+            if left := self._message():  # then this is an error of gloo or NCCL, in a collective of Lightning's
+                error.add_note(left)
             with suppress(RuntimeError):
                 self._store.set(_key(self.rank), _told(error))
         with suppress(RuntimeError, ValueError):
@@ -144,19 +149,25 @@ class Ranks:
             if self._left:
                 raise RuntimeError("this process has left the run")
             yield
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no errors of their own
             raise RankError(self._what_happened(error)) from error
 
     def _what_happened(self, error: Exception) -> str:
         """Return the message that a rank left, or what is known without one."""
+        return self._message() or (
+            f"another process of the run ended without a word, or cannot be reached; this is process {self.rank} of "
+            f"{self.size}, and nothing can be solved without all ({str(error).splitlines()[0]})"
+        )
+
+    def _message(self) -> str:
+        """Return why another rank has left; empty if none has, or none can tell."""
         for rank in range(self.size):
             with suppress(RuntimeError):
                 if rank != self.rank and self._store.check([_key(rank)]):
                     return f"process {rank} of {self.size} failed: {self._store.get(_key(rank)).decode()}"
-        return (
-            f"another process of the run ended without a word, or cannot be reached; this is process {self.rank} of "
-            f"{self.size}, and nothing can be solved without all ({str(error).splitlines()[0]})"
-        )
+        return ""
 
 
 ALONE = Ranks()
@@ -213,3 +224,7 @@ def _told(error: BaseException) -> str:
 
 def _key(rank: int) -> str:
     return f"sgpt_lightning/failed/{rank}"
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

@@ -14,7 +14,7 @@ from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
 from sgpt_lightning.calibration.progress import PlanState, biases_of
 from sgpt_lightning.calibration.schedules import Calibration
-from sgpt_lightning.calibration.solving import mean_error
+from sgpt_lightning.calibration.solving import check_everywhere, mean_error
 from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.core.paths import loop_path
 from sgpt_lightning.format.manifest import Manifest
@@ -100,6 +100,8 @@ class Run:
         all_solved = {**state.solved, **solved}
         if stage == self.stages - 1:
             write_embeddings(self._model, state.embeddings)
+            tables = {name: self._model.get_submodule(name) for name in state.embeddings}
+            check_everywhere(tables, ranks, "embeddings")
             all_solved |= state.embeddings
         now = time.perf_counter()
         if calibration.stages[stage].linears:

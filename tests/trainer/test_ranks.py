@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from sgpt_lightning.calibration.ranks import ALONE, deal
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.trainer.data import InOrderSampler, TokenWindows
 from sgpt_lightning.trainer.setup import check_dealt
 
@@ -140,8 +141,7 @@ def test_the_command_line_starts_the_other_processes_and_one_of_them_writes(two_
     assert done.stderr.count("perplexity on python-docs compressed") == 1
     (run_directory,) = (tmp_path / "lightning_logs").iterdir()
     assert len(list(run_directory.glob("events.*"))) == 1
-    report = json.loads((run_directory / "report.json").read_text())
-    assert report["protocols"]["python-docs"]["windows"] == 3
+    assert Manifest.read(run_directory / "compressed").record.protocols["python-docs"]["windows"] == 3
     assert load_compressed(run_directory / "compressed") is not None
 
 
