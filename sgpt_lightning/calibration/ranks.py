@@ -37,9 +37,10 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._group = group
-        self._store = _store() if size > 1 else None
+        self._store: Any = None
         self._left = False
         if size > 1:
+            self._store = dist.distributed_c10d._get_default_store()
             with suppress(RuntimeError):
                 self._store.delete_key(_key(rank))  # of an earlier run
 
@@ -224,7 +225,3 @@ def _told(error: BaseException) -> str:
 
 def _key(rank: int) -> str:
     return f"sgpt_lightning/failed/{rank}"
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
