@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from sgpt_lightning.calibration.ranks import RankError
 from sgpt_lightning.models.hub import silence_transformers
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
@@ -215,7 +216,7 @@ def run() -> None:
         SGPTCli()
     except MisconfigurationException as error:
         raise ValueError(f"trainer cannot be set up like this: {error}") from error
-    except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError) as error:
+    except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError, RankError) as error:
         wrong = ValueError(str(error))
         for note in error.__notes__:
             wrong.add_note(note)

@@ -122,7 +122,7 @@ class LastCheckpoint(ModelCheckpoint):
         try:
             # Not the Trainer's `save_checkpoint`: processes would wait there for the first one, should it fail.
             if trainer.is_global_zero:
-                checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
                 trainer.strategy.save_checkpoint(checkpoint, self.path(trainer))
         except OSError as error:
             then = f"the earlier one, of {self.label}, is as it was" if self.kept else "there is none yet"
