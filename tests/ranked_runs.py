@@ -155,7 +155,7 @@ def _trouble(kind: str) -> Any:
             os.environ["WENT_WRONG"] = str(time.monotonic())
             if kind == "stop":
                 raise KeyboardInterrupt
-            if trainer.global_rank == 1 and kind == "killed":
+            if kind == f"rank {trainer.global_rank} is killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if trainer.global_rank == 1 and kind == "raises":
                 raise LookupError("a callback of the user fails")

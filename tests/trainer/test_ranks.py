@@ -120,11 +120,12 @@ def test_what_fails_on_one_rank_ends_the_run_on_all_with_its_message(tmp_path, t
     assert not (tmp_path / "compressed").exists()
 
 
-def test_a_rank_that_is_killed_ends_the_others(tmp_path):
-    ended = start(Job(tmp_path, recipe=FIXED, trouble="killed"), 2)
-    assert list(ended) == [0]
-    assert ended[0].error.startswith("RankError: another process of the run ended without a word")
-    assert ended[0].seconds < MOST_SECONDS
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(tmp_path, killed):
+    ended = start(Job(tmp_path, recipe=FIXED, trouble=f"rank {killed} is killed"), 2)
+    assert list(ended) == [1 - killed]
+    assert ended[1 - killed].error.startswith("RankError: another process of the run ended without a word")
+    assert ended[1 - killed].seconds < MOST_SECONDS
 
 
 def test_the_command_line_starts_the_other_processes_and_one_of_them_writes(two_blocks, tmp_path):
