@@ -7,11 +7,13 @@ and not by name, and the order in which such groups run is the order in which tr
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.calibration.ranks import Ranks
 from sgpt_lightning.core.moments import InputStatistics
 
 
@@ -168,6 +170,25 @@ class InputCollector:
         if name not in self._leader:
             raise ValueError(f"{name} saw no token during calibration: nothing calls it; put it into `ignore`")
         return self._statistics[self._leader[name]]
+
+    def leader(self, name: str) -> str:
+        """Return the first linear that receives what this one does; raises ValueError if it was never run."""
+        self.statistics(name)
+        return self._leader[name]
+
+    def reduce(self, owners: Mapping[str, int], ranks: Ranks) -> None:
+        """Sum statistics over the processes of a run, each on the rank that owns it; others keep nothing of it.
+
+        Args:
+            owners: ranks by the names of leaders, the same everywhere.
+            ranks: the processes.
+        """
+        if ranks.size == 1:
+            return
+        places = ranks.gather({name: self._statistics[name].held() for name in owners})
+        for name, owner in owners.items():
+            held, total = [place[name] for place in places], partial(ranks.reduce, owner=owner)
+            self._statistics[name].reduced(held, total)
 
     def check(self) -> None:
         """Raise ValueError, naming linear and batch, if a real token was NaN or inf; to be called before a solve."""

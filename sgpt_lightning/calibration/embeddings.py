@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.file_size import entries_of, packed_bytes_at_most
 from sgpt_lightning.calibration.plan import Plans
+from sgpt_lightning.calibration.ranks import Ranks, deal
 from sgpt_lightning.core.rate import least_coded_bits
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.core.tables import round_table
@@ -50,12 +51,21 @@ class TokenCounts:
         found[: len(self._counts)] += self._counts
         self._counts = found
 
+    def over(self, ranks: Ranks) -> "TokenCounts":
+        """Return the counts of all processes of a run together."""
+        total, every = TokenCounts(), ranks.gather(self._counts)
+        total._counts = sum((TokenCounts._padded(one, max(map(len, every))) for one in every), torch.tensor(0))
+        return total
+
     def of(self, words: int) -> Tensor:
         """Return the counts of the first `words` tokens, int64 `[words]`."""
-        counts = torch.zeros(words, dtype=torch.int64)
-        known = self._counts[:words]
-        counts[: len(known)] = known
-        return counts
+        return self._padded(self._counts[:words], words)
+
+    @staticmethod
+    def _padded(counts: Tensor, words: int) -> Tensor:
+        padded = torch.zeros(words, dtype=torch.int64)
+        padded[: len(counts)] = counts
+        return padded
 
 
 def plan_embeddings(model: nn.Module, recipe: Recipe) -> dict[str, float]:
@@ -94,12 +104,16 @@ def code_embeddings(model: nn.Module, plans: Plans, counts: TokenCounts) -> dict
     Raises:
         ValueError: a table does not fit into its bits, or holds NaN or inf.
     """
-    coded = {}
-    for name, bits in plans.embeddings.items():
-        module = model.get_submodule(name)
-        by_token = has_a_row_per_token(model, module)
-        row_weights = (1 + counts.of(len(weight_matrix(module)))).sqrt() if by_token else None
-        coded[name] = _code(name, weight_matrix(module), bits, row_weights)
+    ranks, coded = plans.ranks, {}
+    matrices = {name: weight_matrix(model.get_submodule(name)) for name in plans.embeddings}
+    owners = deal([float(matrix.numel()) for matrix in matrices.values()], ranks.size)
+    with ranks.outcome():
+        for (name, matrix), owner in zip(matrices.items(), owners, strict=True):
+            if owner == ranks.rank:
+                by_token = has_a_row_per_token(model, model.get_submodule(name))
+                row_weights = (1 + counts.of(len(matrix))).sqrt() if by_token else None
+                coded[name] = _code(name, matrix, plans.embeddings[name], row_weights)
+    coded = ranks.merge(coded, list(matrices))
     if plans.file_bytes is not None:
         plans.budget.add(sum(_spare_bits(name, coded[name], plans) for name in coded))
     return coded

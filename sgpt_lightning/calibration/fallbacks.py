@@ -30,14 +30,15 @@ class Fallbacks:
         rounded = [name for name, linear in solved.items() if linear.report.status == "rounded"]
         self.reasons |= dict.fromkeys(rounded, "before the run was stopped")
 
-    def add(self, name: str, reason: str) -> None:
-        """Note one more, and warn of it.
+    def add(self, name: str, reason: str, *, warn: bool = True) -> None:
+        """Note one more, and warn of it, unless another process does.
 
         Raises:
             SolveError: they are more than the recipe's share of the linears; all of them are named.
         """
         self.reasons[name] = reason
-        warnings.warn(f"{name} is rounded plainly, since it cannot be solved: {reason}", stacklevel=2)
+        if warn:
+            warnings.warn(f"{name} is rounded plainly, since it cannot be solved: {reason}", stacklevel=2)
         most = math.floor(self._share * self._linears + _ROUNDING)
         if len(self.reasons) > most:
             every = "; ".join(f"{known} ({why})" for known, why in self.reasons.items())

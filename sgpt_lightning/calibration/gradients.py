@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sgpt_lightning.calibration.collector import FiniteFlags
+from sgpt_lightning.calibration.ranks import Ranks
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.models.replay import forwards_replaced
@@ -83,6 +84,12 @@ class OutputGradients:
     def check(self) -> None:
         """Raise ValueError, naming linear and batch, if a linear received NaN or inf."""
         self._finite.check()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum over the processes of a run; every one gets the very same numbers."""
+        if ranks.size > 1:
+            self.tokens = sum(ranks.gather(self.tokens))
+            self._sums = {name: ranks.sum(self._sums[name]) for name in self._linears if name in self._sums}
 
     def row_weights(self, name: str) -> Tensor:
         """Return E[g_i^2] per output channel of a linear, float32 `[out_features]`.

@@ -9,7 +9,9 @@ from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model, plan_rates
 from sgpt_lightning.calibration.progress import Progress
+from sgpt_lightning.calibration.solving import owners_of
 from sgpt_lightning.calibration.stages import BatchCount, Calibration, Stage
+from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, real_tokens
 from sgpt_lightning.models.linears import weight_matrix
@@ -55,26 +57,42 @@ class GuidedCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Plan at the end of epoch 0; solve at the end of later ones."""
-        self._count.check(epoch)
+        ranks = self.plans.ranks
+        with ranks.outcome():
+            self._count.check(epoch)
+            if not epoch:
+                self._collector.check()
+                self._gradients.check()
         if epoch:
             return self._next.finish(epoch - 1)
-        self._collector.check()
-        self._gradients.check()
+        self._gradients.reduce(ranks)
         weights = {name: self._gradients.row_weights(name) for name in self.plans.recipes}
         recipes, budget = self.plans.recipes, self.plans.budget
         if self._recipe.scope == "model":
-            jobs = {
-                name: LinearJob(weight_matrix(linear), self._collector.statistics(name), recipes[name], weights[name])
-                for name, linear in self._collector.linears.items()
-                if recipes[name].scope == "model"
-            }
+            jobs = self._jobs(weights)
             if self._recipe.coding == "entropy":
-                budget = budget.dealt(plan_rates(jobs))
+                budget = budget.dealt(plan_rates(jobs, ranks))
             else:
-                recipes = {**recipes, **plan_model(jobs)}
+                recipes = {**recipes, **plan_model(jobs, ranks)}
         self.plans = replace(self.plans, recipes=recipes, row_weights=weights, budget=budget)
         self._next = self._then(self.plans)
         return {}
+
+    def _jobs(self, row_weights: Mapping[str, Tensor]) -> dict[str, LinearJob]:
+        """Return what is to be planned over the model, statistics dealt out to the processes of the run."""
+        collector, ranks = self._collector, self.plans.ranks
+        linears, recipes = collector.linears, self.plans.recipes
+        planned = {name: linears[name] for name in linears if recipes[name].scope == "model"}
+        owners = owners_of(planned, collector, ranks)
+        collector.reduce(owners, ranks)
+
+        def statistics(name: str) -> InputStatistics | None:
+            return collector.statistics(name) if owners[collector.leader(name)] == ranks.rank else None
+
+        return {
+            name: LinearJob(weight_matrix(linear), statistics(name), recipes[name], row_weights[name])
+            for name, linear in planned.items()
+        }
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take up the plans, and with them the calibration that follows."""

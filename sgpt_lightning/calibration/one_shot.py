@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
-from sgpt_lightning.calibration.solving import check_stored, solve_linears
+from sgpt_lightning.calibration.solving import check_everywhere, check_stored, solve_linears
 from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, model_inputs, real_tokens
@@ -39,12 +39,16 @@ class OneShotCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve every linear."""
-        if not self.plans.fallbacks.allowed:
-            self._collector.check()
+        ranks = self.plans.ranks
+        with ranks.outcome():
+            if not self.plans.fallbacks.allowed:
+                self._collector.check()
         mark_compressed(self._model)
         linears = self._collector.linears
         solved = solve_linears(linears, self._collector, self.plans, self._storage_dtype)
-        check_stored(linears, solved)
+        with ranks.outcome():
+            check_stored(linears, solved)
+        check_everywhere(linears, ranks, self.stages[epoch].label)
         return solved
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.fallbacks import Fallbacks
+from sgpt_lightning.calibration.ranks import ALONE, Ranks
 from sgpt_lightning.calibration.rates import BitBudget, RateCurve, rate_curve, rates_at_one_price
 from sgpt_lightning.core.allocation import choose_points, greedy_curve
 from sgpt_lightning.core.budget import count_survivors, fixed_bits
@@ -56,6 +57,8 @@ class Plans:
     """Bytes that the whole weights file may have, where the budget follows from them."""
     fallbacks: Fallbacks = field(default_factory=lambda: Fallbacks(Recipe(), ()))
     """Linears that could not be solved and were rounded plainly, kept while linears are solved."""
+    ranks: Ranks = ALONE
+    """The processes of the run."""
 
     def linears(self, block: int | None = None) -> dict[str, nn.Module]:
         """Return the linears of one block, or of all, that something is to be done to."""
@@ -68,8 +71,8 @@ class LinearJob:
 
     weight: Tensor
     """`[out_features, in_features]`."""
-    statistics: InputStatistics
-    """Of the dense model's inputs."""
+    statistics: InputStatistics | None
+    """Of the dense model's inputs; None if another process holds them."""
     recipe: Recipe
     """What layer scope would do; its cost sets the budget where only `target_avg_bits` is given."""
     row_weights: Tensor
@@ -82,11 +85,12 @@ class _Point(NamedTuple):
     recipe: Recipe
 
 
-def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
+def plan_model(jobs: Mapping[str, LinearJob], ranks: Ranks = ALONE) -> dict[str, Recipe]:
     """Choose sparsity and mean bits for every linear.
 
     Args:
         jobs: the linears, by name; those that share an input beside each other.
+        ranks: the processes that hold the statistics; the choice is the same on all.
 
     Returns:
         A recipe per linear with `scope="layer"`.
@@ -95,11 +99,11 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
         ValueError: the budget is below what the cheapest choice for every linear takes.
     """
     points: dict[str, list[_Point]] = {}
-    inputs: SharedInput | None = None
-    for name, job in jobs.items():
-        inputs = SharedInput.of(job.statistics, inputs)
-        with _unless_it_will_be_rounded(job):
-            points[name] = _points(name, job, inputs)
+    with ranks.outcome():
+        for name, job, inputs in _own(jobs):
+            with _unless_it_will_be_rounded(job):
+                points[name] = _points(name, job, inputs)
+    points = ranks.merge(points, list(jobs))
     budget = sum(_budget(jobs[name]) for name in points)
     least = sum(min(point.bits for point in offers) for offers in points.values())
     weights = sum(jobs[name].weight.numel() for name in points)
@@ -117,6 +121,15 @@ def plan_model(jobs: Mapping[str, LinearJob]) -> dict[str, Recipe]:
     return alone | {name: points[name][index].recipe for name, index in zip(points, chosen, strict=True)}
 
 
+def _own(jobs: Mapping[str, LinearJob]) -> Iterator[tuple[str, LinearJob, SharedInput]]:
+    """Yield the jobs of which this process holds the statistics."""
+    inputs: SharedInput | None = None
+    for name, job in jobs.items():
+        if job.statistics is not None:
+            inputs = SharedInput.of(job.statistics, inputs)
+            yield name, job, inputs
+
+
 @contextmanager
 def _unless_it_will_be_rounded(job: LinearJob) -> Iterator[None]:
     """Leave a linear out whose Hessian cannot be inverted, where the recipe allows it: it keeps bits of its own."""
@@ -127,23 +140,24 @@ def _unless_it_will_be_rounded(job: LinearJob) -> Iterator[None]:
             raise
 
 
-def plan_rates(jobs: Mapping[str, LinearJob]) -> dict[str, float]:
+def plan_rates(jobs: Mapping[str, LinearJob], ranks: Ranks = ALONE) -> dict[str, float]:
     """Choose the true bits of every linear whose codes are entropy-coded.
 
     Args:
         jobs: the linears, by name; those that share an input beside each other.
+        ranks: the processes that hold the statistics; the choice is the same on all.
 
     Raises:
         ValueError: the budget is below what all linears take at the least.
     """
     curves: dict[str, RateCurve] = {}
-    inputs: SharedInput | None = None
-    for name, job in jobs.items():
-        inputs = SharedInput.of(job.statistics, inputs)
-        relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
-        with _unless_it_will_be_rounded(job):
-            problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
-            curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
+    with ranks.outcome():
+        for name, job, inputs in _own(jobs):
+            relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
+            with _unless_it_will_be_rounded(job):
+                problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
+                curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
+    curves = ranks.merge(curves, list(jobs))
     return rates_at_one_price(curves, sum(_budget(jobs[name]) for name in curves)) if curves else {}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.rates import BitBudget
+from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import some_at_once, unpack_weights
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
@@ -77,22 +78,34 @@ class Progress:
         """Return the same for a calibration that begins after some stages."""
         return replace(self, finished=max(self.finished - stages, 0))
 
-    @torch.no_grad()
     def write(self, linears: Mapping[str, nn.Module]) -> None:
-        """Put what is stored of some linears into them.
+        """Put what is stored of some linears into them; raises as `write_stored`."""
+        write_stored(linears, {name: linear.packed for name, linear in self.solved.items()}, self.biases)
 
-        Raises:
-            ValueError: what is stored cannot be read, or the linear's dtype cannot hold it.
-        """
-        known = {name: self.solved[name].packed for name in linears if name in self.solved}
-        for names in some_at_once(known):
-            device = weight_matrix(linears[names[0]]).device
-            for name, weight in zip(names, unpack_weights([known[name].to(device) for name in names]), strict=True):
-                set_weight_matrix(linears[name], weight, name)
-        for name in self.biases.keys() & linears.keys():
-            bias = linears[name].bias
-            assert isinstance(bias, Tensor)
-            bias.copy_(self.biases[name])
+
+@torch.no_grad()
+def write_stored(
+    linears: Mapping[str, nn.Module], packed: Mapping[str, PackedWeight], biases: Mapping[str, Tensor]
+) -> None:
+    """Put what is stored of some linears into them.
+
+    Args:
+        linears: the linears, by full name; those of which nothing is stored stay as they are.
+        packed: what is stored of weights.
+        biases: of the linears that have one, `[out_features]`.
+
+    Raises:
+        ValueError: what is stored cannot be read, or the linear's dtype cannot hold it.
+    """
+    known = {name: packed[name] for name in linears if name in packed}
+    for names in some_at_once(known):
+        device = weight_matrix(linears[names[0]]).device
+        for name, weight in zip(names, unpack_weights([known[name].to(device) for name in names]), strict=True):
+            set_weight_matrix(linears[name], weight, name)
+    for name in biases.keys() & linears.keys():
+        bias = linears[name].bias
+        assert isinstance(bias, Tensor)
+        bias.copy_(biases[name])
 
 
 def biases_of(linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from sgpt_lightning.calibration.collector import (
 )
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
-from sgpt_lightning.calibration.solving import check_stored, solve_linears
+from sgpt_lightning.calibration.solving import check_everywhere, check_stored, solve_linears
 from sgpt_lightning.calibration.stages import BatchCount, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
@@ -74,28 +74,37 @@ class SequentialCalibration:
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
-        self._count.check(epoch)
-        self._replay.check()
-        if not self.plans.fallbacks.allowed:
-            self._collector.check()
+        ranks = self.plans.ranks
+        with ranks.outcome():
+            self._count.check(epoch)
+            self._replay.check()
+            self._check_inputs()
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
         for position, names in enumerate(groups):
             if position:
                 self._collector = self._watching(epoch, names)
-                for batch_index in range(len(self._inputs)):
-                    self._collect(epoch, batch_index, last=position + 1 == len(groups))
-                if not self.plans.fallbacks.allowed:
-                    self._collector.check()
+                with ranks.outcome():
+                    for batch_index in range(len(self._inputs)):
+                        self._collect(epoch, batch_index, last=position + 1 == len(groups))
+                    self._check_inputs()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
-        check_stored(self.plans.linears(epoch), solved)
+        linears = self.plans.linears(epoch)
+        with ranks.outcome():
+            check_stored(linears, solved)
+        check_everywhere(linears, ranks, self.stages[epoch].label)
         self._dense_block = None
         self._dense_runs.clear()
         if epoch + 1 == len(self.stages):
             for kept in (self._inputs, self._real, self._dense_hidden):
                 kept.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
+
+    def _check_inputs(self) -> None:
+        """Raise ValueError if a linear received NaN or inf, unless it may be rounded for that."""
+        if not self.plans.fallbacks.allowed:
+            self._collector.check()
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Write what was solved, and carry the batches, in both models, as far as they were."""

@@ -13,7 +13,8 @@ linear that writes into the residual stream can make up for the stream's own err
 streams where it writes, of which the mean and E[g x'] are remembered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,29 @@ class InputStatistics:
         self._sum += other._sum
         self._sum_abs += other._sum_abs
         self._sum_square += other._sum_square
+        self.tokens = total
+
+    def held(self) -> dict[str, Any]:
+        """Return plain values of what is held, `tokens` and the shape of each sum, for `reduced`."""
+        shapes = {name: tuple(value.shape) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {"tokens": self.tokens, **shapes}
+
+    def reduced(self, held: Sequence[Mapping[str, Any]], reduce: Callable[[Tensor, float], Tensor]) -> None:
+        """Add what is held elsewhere, as if its tokens had been added here.
+
+        Args:
+            held: what `held` gave everywhere, here included; where there was no token some sums are missing.
+            reduce: sums a tensor, times a factor of each place, over all places; an empty tensor where the sum is not
+                to be.
+        """
+        tokens, total = self.tokens, sum(place["tokens"] for place in held)
+        shapes = {name: shape for place in held for name, shape in place.items() if name != "tokens"}
+        for name in sorted(shapes):
+            own, is_mean = getattr(self, name), name.endswith("_moment")
+            if own is None:
+                dtype = torch.float32 if is_mean else torch.float64
+                own = torch.zeros(shapes[name], dtype=dtype, device=self._sum.device)
+            setattr(self, name, reduce(own, tokens / max(total, 1) if is_mean else 1.0))
         self.tokens = total
 
     @property

@@ -22,29 +22,27 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgpt_lightning.calibration.checks import least_bytes
+from sgpt_lightning.calibration.ranks import ALONE
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
-from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.blocks import is_marked_compressed
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report.run import closing_line, run_tables, write_report
 from sgpt_lightning.trainer.checkpoint_io import keep_blocks
-from sgpt_lightning.trainer.logs import log_earlier, log_linears, log_perplexity, log_run
+from sgpt_lightning.trainer.logs import log_earlier, log_linears, log_perplexity
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import seconds_left
 from sgpt_lightning.trainer.resume import RunState, begin, pass_epochs, run_settings
-from sgpt_lightning.trainer.run import Run
+from sgpt_lightning.trainer.run import Run, print_results
 from sgpt_lightning.trainer.setup import (
     IncompleteRunError,
     TrainerSettings,
     check_report_path,
     check_trainer,
     network_of,
-    report_path,
-    rescue_places,
     run_directory,
+    use_processes,
     validate_now,
 )
 
@@ -92,6 +90,9 @@ class SparseGPTCallback(Callback):
         self._resumed: RunState | None = None
         self._run: Run | None = None
         self._settings: TrainerSettings | None = None
+        self._ranks = ALONE
+        self._directory: Path | None = None
+        self._report = Path()
         self._first_epoch = 0
         self._measure_seconds = 0.0
 
@@ -105,9 +106,10 @@ class SparseGPTCallback(Callback):
 
         Raises:
             TypeError: the module is not a `CausalLMModule`.
-            ValueError: mixed precision, several processes, a limit that would end the run early, a compressed model, or
-                a foreign `report.json` where the report is to go.
+            ValueError: mixed precision, a strategy other than DDP, a limit that would end the run early, a compressed
+                model, or a foreign `report.json` where the report is to go.
             FileExistsError: the output directory exists and is not a compressed model.
+            RankError: another process failed.
         """
         if stage != "fit":
             return
@@ -117,8 +119,12 @@ class SparseGPTCallback(Callback):
         in_memory = pl_module.network
         if is_compressed_dir(Path(pl_module.path)) or (in_memory is not None and is_marked_compressed(in_memory)):
             raise ValueError(f"the model {pl_module.path} is already compressed; start from a dense one")
-        check_target(self.target(trainer))
-        check_report_path(report_path(trainer))
+        self._ranks, self._directory = use_processes(trainer), run_directory(trainer)
+        self._report = self._directory / "report.json"
+        with self._ranks.outcome():
+            if self._ranks.is_first:
+                check_target(self.target(trainer))
+                check_report_path(self._report)
         keep_blocks(trainer)
         self.state, self._resumed = RunState({}), None
         self._settings = TrainerSettings.of(trainer)
@@ -139,8 +145,11 @@ class SparseGPTCallback(Callback):
         self.state = begin(trainer, run_settings(trainer, pl_module, own), self._resumed)
         self._resumed = None
         storage = pl_module.storage_dtype
-        calibration = calibration_for(self.calibration, network, self.recipe, storage, self.tf32_moments)
-        check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
+        tf32, ranks = self.tf32_moments, self._ranks
+        with ranks.outcome():
+            calibration = calibration_for(self.calibration, network, self.recipe, storage, tf32, ranks)
+            if ranks.is_first:
+                check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
         self._run = Run(self.state, calibration, network)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
         pl_module.stages = dict(enumerate(calibration.stages, self._first_epoch))
@@ -205,29 +214,21 @@ class SparseGPTCallback(Callback):
         """
         assert isinstance(pl_module, CausalLMModule)
         run = self._check_complete(trainer)
-        how = {"mode": self.calibration, "tf32_moments": self.tf32_moments}
-        self.manifest = save_or_rescue(
-            [self.target(trainer), *rescue_places(trainer)],
-            network_of(pl_module),
-            self.solved,
-            storage_dtype=pl_module.storage_dtype,
-            tokenizer=pl_module.tokenizer,
-            run=run.record(trainer, pl_module, self.recipe, how).to_dict(),
+        record = run.record(
+            trainer, pl_module, self.recipe, {"mode": self.calibration, "tf32_moments": self.tf32_moments}
         )
-        write_report(report_path(trainer), self.manifest)
-        log_run(trainer.loggers, self.manifest)
+        self.manifest = run.save(trainer, pl_module, record, self.target(trainer), self._report)
         self.state = replace(self.state, target=str(self.target(trainer)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables, after the progress bar has ended; IncompleteRunError if there was not a single batch."""
         self._check_complete(trainer)
         assert self.manifest is not None
-        print(f"\n{run_tables(self.manifest)}")
-        print(f"compressed model: {self.target(trainer)}\nreport: {report_path(trainer)}")
-        print(closing_line(self.manifest))
+        print_results(self.manifest, self.target(trainer), self._report)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go as `teardown` does, which Lightning does not call then, and do not call a signal a success."""
+        """Tell others, and let go as `teardown` does, which Lightning does not call then; a signal is no success."""
+        self._ranks.leave(exception)
         self.teardown(trainer, pl_module, "fit")
         if isinstance(exception, SIGTERMException):
             exception.code = 128 + signal.SIGTERM
@@ -266,7 +267,9 @@ class SparseGPTCallback(Callback):
 
     def target(self, trainer: Trainer) -> Path:
         """Return the directory that the compressed model is written to."""
-        return Path(self.save_dir).expanduser() if self.save_dir is not None else run_directory(trainer) / "compressed"
+        if self.save_dir is not None:
+            return Path(self.save_dir).expanduser()
+        return (self._directory or run_directory(trainer)) / "compressed"
 
     def _check_complete(self, trainer: Trainer) -> Run:
         """Return the run; raises IncompleteRunError unless every stage ran to its end."""

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from sgpt_lightning.calibration.ranks import RankError
 from sgpt_lightning.models.hub import silence_transformers
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
@@ -207,14 +208,15 @@ def run() -> None:
     # Windows are one tensor in memory: worker processes would only copy it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # "max_epochs reached", advertisements, hardware that is not there: nobody asked.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.showwarning = show_warning
     silence_transformers()
     try:
         SGPTCli()
     except MisconfigurationException as error:
         raise ValueError(f"trainer cannot be set up like this: {error}") from error
-    except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError) as error:
+    except (SafetensorError, torch.OutOfMemoryError, IncompleteRunError, RankError) as error:
         wrong = ValueError(str(error))
         for note in error.__notes__:
             wrong.add_note(note)

@@ -63,9 +63,9 @@ class LastCheckpoint(ModelCheckpoint):
         """Know the file that the run goes on from, or warn of another run's that this one will replace."""
         self._written = time.monotonic()
         path, callback = self.path(trainer), _callback(trainer)
-        if trainer.ckpt_path is None:
+        if trainer.ckpt_path is None and trainer.is_global_zero:
             _warn_of_another(path)
-        elif path.exists() and path.samefile(trainer.ckpt_path):
+        elif trainer.ckpt_path is not None and path.exists() and path.samefile(trainer.ckpt_path):
             self.kept, self.label = callback.state.finished, callback.state.label
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,12 +73,13 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was solved, if it is time."""
-        if time.monotonic() - self._written >= self._seconds / self.share:
+        due = time.monotonic() - self._written >= self._seconds / self.share
+        if trainer.strategy.broadcast(due):
             self._keep(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what was solved, and say on the exception how to go on; of a complete run, that it is."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
             return
         if _callback(trainer).state.target is not None:
             self.on_train_end(trainer, pl_module)
@@ -119,7 +120,10 @@ class LastCheckpoint(ModelCheckpoint):
     def _write(self, trainer: Trainer) -> bool:
         started = time.monotonic()
         try:
-            trainer.save_checkpoint(self.path(trainer))
+            # Not the Trainer's `save_checkpoint`: processes would wait there for the first one, should it fail.
+            if trainer.is_global_zero:
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                trainer.strategy.save_checkpoint(checkpoint, self.path(trainer))
         except OSError as error:
             then = f"the earlier one, of {self.label}, is as it was" if self.kept else "there is none yet"
             warnings.warn(f"{error}; {then}", stacklevel=2)

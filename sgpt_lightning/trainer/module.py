@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import check_batch
+from sgpt_lightning.calibration.ranks import joined
 from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.evaluate import add_batch
@@ -178,12 +179,13 @@ class CausalLMModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log `perplexity/<data set>`; during fit the callback gives it to the logger, by compressed blocks."""
         to_logger = self.trainer.state.fn == TrainerFn.VALIDATING
-        self.measured = {}
+        self.measured, ranks = {}, joined()
         for name, metric in zip(self.evaluation_names(), self.perplexities, strict=True):
             assert isinstance(metric, Perplexity)
-            perplexity = metric.compute()
-            self.measured[name] = Measured(float(perplexity), int(metric.windows))
-            self.log(f"perplexity/{name}", perplexity, prog_bar=True, logger=to_logger)
+            windows = sum(ranks.gather(int(metric.windows)))
+            perplexity = metric.compute()  # of all processes
+            self.measured[name] = Measured(float(perplexity), windows)
+            self.log(f"perplexity/{name}", perplexity, prog_bar=True, logger=to_logger, sync_dist=ranks.size > 1)
 
     def evaluation_names(self) -> list[str]:
         """Names of the evaluation data sets: the data module's, or their positions."""

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_only
 
 from sgpt_lightning.report.tables import format_duration
 from sgpt_lightning.trainer.module import CausalLMModule
@@ -139,5 +140,6 @@ def _title(trainer: Trainer) -> str:
     return "" if stage is None else stage.label
 
 
+@rank_zero_only
 def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from sgpt_lightning.calibration.progress import PlanState, Progress
+from sgpt_lightning.calibration.ranks import ALONE, Ranks
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.records import LinearReport, SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
@@ -159,10 +160,16 @@ class BatchDigest:
         if mask is not None:
             self._hash.update(mask.bool().cpu().contiguous().numpy().tobytes())
 
-    def summary(self) -> dict[str, Any]:
-        """Return plain JSON values: `batches`, `shape` of the first, `windows` and `tokens` of all, and `sha256`."""
-        counts = {"batches": self._batches, "windows": self.windows, "tokens": self.tokens}
-        return counts | {"shape": self._shape, "sha256": self._hash.hexdigest()}
+    def summary(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """Return plain JSON values: `batches`, `shape` of the first, `windows` and `tokens` of all, and `sha256`.
+
+        Windows and tokens are those of all processes together, and so is the hash; each has as many batches.
+        """
+        every = ranks.gather((self.windows, self.tokens, self._hash.hexdigest()))
+        windows, tokens, hashes = zip(*every, strict=True)
+        digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        counts = {"batches": self._batches, "windows": sum(windows), "tokens": sum(tokens)}
+        return counts | {"shape": self._shape, "sha256": digest}
 
 
 def run_settings(trainer: Trainer, pl_module: CausalLMModule, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +194,8 @@ def run_settings(trainer: Trainer, pl_module: CausalLMModule, own: Mapping[str, 
     named = {"model": model, "sgpt": own, "data.calibration": calibration}
     named |= {f"data.evaluation.{name}": protocol for name, protocol in evaluation.items()}
     flat = {f"{group}.{name}": value for group, values in named.items() for name, value in values.items()}
+    if trainer.world_size > 1:
+        flat["trainer.processes"] = trainer.world_size  # windows are dealt out to them
     kept = {name: value for name, value in flat.items() if name.rpartition(".")[2] not in _UNNAMED}
     return json.loads(json.dumps(kept))
 
@@ -251,7 +260,7 @@ def check_same(was: Mapping[str, Any], now: Mapping[str, Any], path: str) -> Non
         )
 
 
-def check_same_text(trainer: Trainer, was: Mapping[str, Any]) -> None:
+def check_same_text(trainer: Trainer, was: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
     """Go through the calibration batches, and compare them with those of the run's beginning.
 
     Raises:
@@ -261,7 +270,8 @@ def check_same_text(trainer: Trainer, was: Mapping[str, Any]) -> None:
     for batch in _batches(trainer):
         digest.add(batch)
     prefix = "calibration batches"
-    named = [{f"{prefix}, {name}": value for name, value in text.items()} for text in (was, digest.summary())]
+    now = digest.summary(ranks)
+    named = [{f"{prefix}, {name}": value for name, value in text.items()} for text in (was, now)]
     check_same(named[0], named[1], str(trainer.ckpt_path))
 
 

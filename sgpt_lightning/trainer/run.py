@@ -3,24 +3,29 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
 from sgpt_lightning.calibration.progress import PlanState, biases_of
 from sgpt_lightning.calibration.schedules import Calibration
-from sgpt_lightning.calibration.solving import mean_error
+from sgpt_lightning.calibration.solving import check_everywhere, mean_error
+from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.core.paths import loop_path
+from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import RunRecord, SolvedLinear
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.report.run import versions
+from sgpt_lightning.report.run import closing_line, run_tables, versions, write_report
+from sgpt_lightning.trainer.logs import log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.protocols import calibration_protocol, evaluation_protocols
 from sgpt_lightning.trainer.resume import BatchDigest, RunState, batches_on_device, check_same_text
-from sgpt_lightning.trainer.setup import count_tokens, warn_of_few_tokens
+from sgpt_lightning.trainer.setup import check_dealt, count_tokens, rescue_places, warn_of_few_tokens
 
 
 class Run:
@@ -37,6 +42,7 @@ class Run:
         self.calibration = calibration
         self._model = model
         self._text = BatchDigest()
+        self._summary: Mapping[str, Any] = {}
         self.stage_started = time.perf_counter()
 
     @property
@@ -53,19 +59,22 @@ class Run:
         """Code embeddings, or bring model and calibration to where the earlier run left them.
 
         Raises:
-            ValueError: the calibration batches are not those of the earlier run, or an embedding cannot be coded.
+            ValueError: the calibration batches are not those of the earlier run, or cannot be dealt to processes, or an
+                embedding cannot be coded.
         """
+        check_dealt(trainer, trainer.train_dataloader, "the calibration data")
         started = time.perf_counter()
-        plans = self.calibration.plans
+        plans, ranks = self.calibration.plans, self.calibration.plans.ranks
         if self.state.finished:
-            check_same_text(trainer, self.state.text)
+            check_same_text(trainer, self.state.text, ranks)
             self.calibration.resume(self.state.progress(), batches_on_device(trainer))
             if self.solves_all:
                 write_embeddings(self._model, self.state.embeddings)
             self.state.seconds["calibrate"] += time.perf_counter() - started
         else:
-            counts = count_tokens(trainer) if plans.embeddings else TokenCounts()
-            self.state = replace(self.state, embeddings=code_embeddings(self._model, plans, counts))
+            with ranks.outcome():
+                counts = count_tokens(trainer) if plans.embeddings else TokenCounts()
+            self.state = replace(self.state, embeddings=code_embeddings(self._model, plans, counts.over(ranks)))
         self.stage_started = time.perf_counter()
 
     def observe(self, stage: int, batch_idx: int, batch: Mapping[str, Tensor], loaded: Any) -> None:
@@ -80,15 +89,19 @@ class Run:
     def finish(self, stage: int) -> dict[str, SolvedLinear]:
         """Solve what a stage was about, take down how far the run has come, and return what was solved by name."""
         calibration, decoder = self.calibration, self.calibration.plans.decoder
+        started, ranks = time.perf_counter(), calibration.plans.ranks
         if stage == 0:
-            warn_of_few_tokens(self._text.tokens, calibration.plans.linears())
-        started = time.perf_counter()
+            self._summary = self._text.summary(ranks)
+            if ranks.is_first:
+                warn_of_few_tokens(self._summary["tokens"], calibration.plans.linears())
         solved = calibration.finish(stage)
         self.state.seconds["solve"] += time.perf_counter() - started
         state, linears = self.state, decoder.linears()
         all_solved = {**state.solved, **solved}
         if stage == self.stages - 1:
             write_embeddings(self._model, state.embeddings)
+            tables = {name: self._model.get_submodule(name) for name in state.embeddings}
+            check_everywhere(tables, ranks, "embeddings")
             all_solved |= state.embeddings
         now = time.perf_counter()
         if calibration.stages[stage].linears:
@@ -101,7 +114,7 @@ class Run:
             solved=all_solved,
             biases={**state.biases, **biases_of({name: linears[name] for name in solved})},
             plans=PlanState.of(calibration.plans),
-            text=state.text or self._text.summary(),
+            text=state.text or self._summary,
         )
         self.stage_started = now
         return solved
@@ -121,3 +134,37 @@ class Run:
             blocks=len(self.calibration.plans.decoder.blocks),
             versions=versions(),
         )
+
+    def save(
+        self, trainer: Trainer, pl_module: CausalLMModule, record: RunRecord, target: Path, report: Path
+    ) -> Manifest:
+        """Write the compressed model and the report, and log them: the first process does; return the manifest.
+
+        Raises:
+            OSError: they cannot be written; the model is in another place then, see `save_or_rescue`.
+            RankError: the first process failed.
+        """
+        ranks, manifest = self.calibration.plans.ranks, None
+        with ranks.outcome():
+            if ranks.is_first:
+                manifest = save_or_rescue(
+                    [target, *rescue_places(report.parent)],
+                    self._model,
+                    self.state.solved,
+                    storage_dtype=pl_module.storage_dtype,
+                    tokenizer=pl_module.tokenizer,
+                    run=record.to_dict(),
+                )
+                write_report(report, manifest)
+                log_run(trainer.loggers, manifest)
+        manifest = ranks.broadcast(manifest)
+        assert manifest is not None
+        return manifest
+
+
+@rank_zero_only
+def print_results(manifest: Manifest, target: Path, report: Path) -> None:
+    """Print the tables of a run, where its files are, and the closing line."""
+    print(f"\n{run_tables(manifest)}")
+    print(f"compressed model: {target}\nreport: {report}")
+    print(closing_line(manifest))

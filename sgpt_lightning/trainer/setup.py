@@ -5,15 +5,20 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts
+from sgpt_lightning.calibration.ranks import Ranks, joined
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.report.run import REPORT_KEYS
@@ -56,24 +61,23 @@ class TrainerSettings(NamedTuple):
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """Return the directory of the run: the logger's, or the Trainer's root."""
+    """Return the directory of the run: the logger's, or the Trainer's root; to be asked by every process, or none."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def report_path(trainer: Trainer) -> Path:
-    """Return where the report of a run goes."""
-    return run_directory(trainer) / "report.json"
-
-
 def check_trainer(trainer: Trainer) -> None:
-    """Raise ValueError for mixed precision, several processes, or a limit that would end the run early."""
+    """Raise ValueError for mixed precision, another strategy than DDP, or a limit that would end the run early."""
     if str(trainer.precision).endswith("-mixed"):
         raise ValueError(
             f"trainer.precision must not be mixed, got {trainer.precision!r}: the Hessians would be gathered in "
             "another dtype than the file is made for. Set the model's dtype instead"
         )
-    if trainer.world_size != 1:
-        raise ValueError(f"one process only: trainer has {trainer.world_size}; set trainer.devices to 1")
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"trainer.strategy must be ddp, or auto with one device, got {type(strategy).__name__}: every process "
+            "needs the whole model, one block at a time"
+        )
     ends = {
         "fast_dev_run": trainer.fast_dev_run,  # type: ignore[attr-defined]  # set late, by a connector
         "max_steps": trainer.max_steps != -1 and trainer.max_steps,
@@ -84,6 +88,33 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(
             f"{', '.join(early)} would end the run before every block is solved; leave it at its default "
             "(data.num_samples and ignore make a run short)"
+        )
+
+
+def use_processes(trainer: Trainer) -> Ranks:
+    """Return the processes of the run; from here on every one of them must do the same."""
+    ranks = joined()
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Buffers are what they were: to send them before every forward only costs time, and waits for ranks that died.
+        known, given = signature(DistributedDataParallel).parameters, trainer.strategy._ddp_kwargs
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        if not {"forward_sync_buffers", "broadcast_buffers"} & given.keys():
+            given[name] = False
+    return ranks
+
+
+def check_dealt(trainer: Trainer, loader: object, what: str) -> None:
+    """Refuse data of which Lightning's own sampler gives some windows to two processes.
+
+    Raises:
+        ValueError: a dataset that cannot be dealt evenly; `what` names it.
+    """
+    sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    repeats = isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__
+    if repeats and isinstance(dataset, Sized) and len(dataset) % trainer.world_size:
+        raise ValueError(
+            f"{what} has {len(dataset)} windows, which {trainer.world_size} processes would share by counting some of "
+            "them twice: use a TextDataModule or a loader with its InOrderSampler, or a multiple of the processes"
         )
 
 
@@ -99,9 +130,9 @@ def check_report_path(path: Path) -> None:
         raise ValueError(f"{path} exists and is no report of sgpt_lightning: move it or set trainer.default_root_dir")
 
 
-def rescue_places(trainer: Trainer) -> list[Path]:
-    """Return where a model goes that cannot be written to its target."""
-    return [folder / f"rescued-{os.getpid()}" for folder in (run_directory(trainer), Path(tempfile.gettempdir()))]
+def rescue_places(directory: Path) -> list[Path]:
+    """Return where a model goes that cannot be written to its target; `directory` is that of the run."""
+    return [folder / f"rescued-{os.getpid()}" for folder in (directory, Path(tempfile.gettempdir()))]
 
 
 def network_of(pl_module: LightningModule) -> nn.Module:
@@ -133,6 +164,9 @@ def validate_now(trainer: Trainer) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         trainer.validating = True
         loop.setup_data()
+        loaders = trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            check_dealt(trainer, loader, "the evaluation data")
         if not loop.skip:
             loop.run()
         trainer.training = True

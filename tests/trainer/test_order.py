@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from models_for_tests import make_model
 from runs_for_tests import make_loader, make_trainer
 from torch import Tensor
@@ -71,11 +72,12 @@ def test_a_fit_gives_the_weights_of_compress_in_eval_mode_although_the_model_has
         assert torch.equal(network.state_dict()[name], tensor), name
 
 
-def test_several_processes_are_refused_before_anything_is_loaded(tmp_path):
+def test_strategies_that_cut_the_model_up_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     callback, module = SparseGPTCallback(), CausalLMModule()
-    several = make_trainer(tmp_path, callback, devices=2, strategy="ddp")
-    with pytest.raises(ValueError, match=r"one process only.*2.*devices"):
-        callback.setup(several, module, "fit")
+    trainer = make_trainer(tmp_path, callback)
+    monkeypatch.setattr(trainer._accelerator_connector, "strategy", FSDPStrategy())
+    with pytest.raises(ValueError, match=r"strategy must be ddp.*got FSDPStrategy"):
+        callback.setup(trainer, module, "fit")
     assert module.network is None
 
 
