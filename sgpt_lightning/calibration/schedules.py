@@ -5,8 +5,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import plan_linears
 from sgpt_lightning.calibration.guided import GuidedCalibration
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.one_shot import OneShotCalibration
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.sequential import SequentialCalibration
@@ -17,19 +19,22 @@ Mode = Literal["sequential", "one-shot"]
 
 
 def calibration_for(
-    mode: Mode, model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype, tf32_moments: bool = False
+    mode: Mode,
+    model: nn.Module,
+    recipe: Recipe,
+    storage_dtype: torch.dtype,
+    tf32_moments: bool = False,
+    activations: Activations = "auto",
 ) -> Calibration:
     """Make the calibration called `mode`; the arguments are those of `compress`."""
-    kinds: dict[Mode, type[SequentialCalibration] | type[OneShotCalibration]] = {
-        "sequential": SequentialCalibration,
-        "one-shot": OneShotCalibration,
-    }
-    if mode not in kinds:
-        raise ValueError(f"calibration must be one of {', '.join(kinds)}, got {mode!r}")
+    check_choice("calibration", mode, Mode)
+    check_choice("activations", activations, Activations)
     plans = plan_linears(model, recipe, storage_dtype)
 
     def start(plans: Plans) -> Calibration:
-        return kinds[mode](model, plans, storage_dtype, tf32_moments)
+        if mode == "one-shot":  # it keeps no hidden states
+            return OneShotCalibration(model, plans, storage_dtype, tf32_moments)
+        return SequentialCalibration(model, plans, storage_dtype, tf32_moments, activations)
 
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
         return GuidedCalibration(model, recipe, plans, start, tf32_moments)

@@ -15,13 +15,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import least_bytes
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.checkpoint.save import save_or_rescue
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
@@ -63,10 +65,12 @@ class SparseGPTCallback(Callback):
         save_dir: where the compressed model goes; None for `compressed` in the run directory.
         validate_every_block: also measure perplexity after each block.
         tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.
+        activations: where hidden states are between blocks: `device`, `cpu`, `disk`, or `auto`, which takes the first
+            of them that has room; the result is the same.
 
     Raises:
         TypeError: `recipe` is no `Recipe`.
-        ValueError: an unknown way to calibrate.
+        ValueError: an unknown way to calibrate, or place for hidden states.
     """
 
     def __init__(
@@ -76,16 +80,18 @@ class SparseGPTCallback(Callback):
         save_dir: str | None = None,
         validate_every_block: bool = False,
         tf32_moments: bool = False,
+        activations: Activations = "auto",
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, got {recipe!r} ({type(recipe).__name__})")
-        if calibration not in get_args(Mode):
-            raise ValueError(f"calibration must be one of {', '.join(get_args(Mode))}, got {calibration!r}")
+        check_choice("calibration", calibration, Mode)
+        check_choice("activations", activations, Activations)
         self.recipe = recipe
         self.calibration = calibration
         self.save_dir = save_dir
         self.validate_every_block = validate_every_block
         self.tf32_moments = tf32_moments
+        self.activations: Activations = activations
         self.manifest: Manifest | None = None
         self.state = RunState({})
         """How far the run has come, or the last one came."""
@@ -139,7 +145,8 @@ class SparseGPTCallback(Callback):
         self.state = begin(trainer, run_settings(trainer, pl_module, own), self._resumed)
         self._resumed = None
         storage = pl_module.storage_dtype
-        calibration = calibration_for(self.calibration, network, self.recipe, storage, self.tf32_moments)
+        how = (self.tf32_moments, self.activations)
+        calibration = calibration_for(self.calibration, network, self.recipe, storage, *how)
         check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
         self._run = Run(self.state, calibration, network)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
