@@ -183,7 +183,7 @@ class HiddenStates:
         if isinstance(kept.value, Tensor):
             host = kept.value
         else:
-            host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=kept.device.type == "cuda")
+            host = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.device.type == "cuda")
             assert self._file is not None
             self._file.read(kept.value, host)
         if kept.device.type != "cuda":
@@ -224,6 +224,6 @@ def _to_host(kept: _Kept, hidden: Tensor) -> _Kept:
     """Copy to pinned memory without waiting; the buffer of the batch is used again."""
     host = kept.value
     if not isinstance(host, Tensor):
-        host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        host = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True)
     host.copy_(hidden, non_blocking=True)
     return kept._replace(value=host, written=torch.cuda.current_stream(hidden.device).record_event())

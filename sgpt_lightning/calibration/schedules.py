@@ -13,6 +13,7 @@ from sgpt_lightning.calibration.one_shot import OneShotCalibration
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.sequential import SequentialCalibration
 from sgpt_lightning.calibration.stages import Calibration
+from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.recipe import Recipe
 
 Mode = Literal["sequential", "one-shot"]
@@ -29,6 +30,11 @@ def calibration_for(
     """Make the calibration called `mode`; the arguments are those of `compress`."""
     check_choice("calibration", mode, Mode)
     check_choice("activations", activations, Activations)
+    if recipe.scope == "model" and placement_of(model).moves:
+        raise ValueError(
+            "scope model holds the statistics of all linears at once, offloaded blocks are there one at a time: "
+            "set recipe.scope to layer, or offload to none"
+        )
     plans = plan_linears(model, recipe, storage_dtype)
 
     def start(plans: Plans) -> Calibration:

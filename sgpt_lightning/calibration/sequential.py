@@ -9,7 +9,6 @@ the block is run again for each group of linears that share an input. Where the 
 dense model's hidden states are carried beside, through a copy of each block made before it is compressed.
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from sgpt_lightning.calibration.stages import BatchCount, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
 from sgpt_lightning.models.blocks import mark_compressed
+from sgpt_lightning.models.placement import copy_of, placement_of
 from sgpt_lightning.models.replay import BlockCall, BlockReplay, residual_writers, run_block
 
 OURS, DENSE = "compressed", "dense"
@@ -54,6 +54,7 @@ class SequentialCalibration:
         self._model = model
         self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
+        self._placement = placement_of(model)
         self.plans = plans
         self._storage_dtype = storage_dtype
         self._tf32 = tf32
@@ -77,6 +78,7 @@ class SequentialCalibration:
         self._count.add(epoch, batch_index)
         hidden = self._enter(batch) if epoch == 0 else self._carry_on(epoch - 1, batch_index)
         if batch_index == 0:
+            self._placement.bring(epoch)
             self._begin(epoch, hidden)
         self._collect(epoch, batch_index, hidden, last=len(self.stages[epoch].groups) == 1)
 
@@ -86,6 +88,7 @@ class SequentialCalibration:
         self._replay.check()
         if not self.plans.fallbacks.allowed:
             self._collector.check()
+        self._placement.put_back(epoch - 1)
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
@@ -98,9 +101,11 @@ class SequentialCalibration:
                     self._collector.check()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         check_stored(self.plans.linears(epoch), solved)
+        self._placement.keep(epoch, {name: linear.packed for name, linear in solved.items()})
         self._dense_block = None
         self._dense_runs.clear()
         if epoch + 1 == len(self.stages):
+            self._placement.put_back(epoch)
             self._hidden.clear()
             self._calls.clear()
             self._real.clear()
@@ -108,23 +113,34 @@ class SequentialCalibration:
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Write what was solved, and carry the batches, in both models, as far as they were."""
-        self.plans = progress.plans.restored(self.plans)
+        device = self._placement.device_of(next(iter(self.plans.linears().values())))
+        self.plans = progress.plans.restored(self.plans, device)
         self.plans.fallbacks.take_up(progress.solved)
         if not progress.finished:
             return
         mark_compressed(self._model)
         self._count.expect(progress.batches)
         if progress.finished == len(self.stages):
-            progress.write(self.plans.linears())
+            for block in range(progress.finished):
+                with self._placement.at_work(block):
+                    self._write(block, progress)
             return
         for batch in batches:
             self._enter(batch)
         for block in range(progress.finished):
+            self._placement.put_back(block - 1)
+            self._placement.bring(block)
             for index, calls in enumerate(self._calls if self._follows_dense else ()):
                 self._hidden.put(DENSE, index, self._replay.run(block, self._hidden.get(DENSE, index), calls[block]))
-            progress.write(self.plans.linears(block))
+            self._write(block, progress)
             for index in range(len(self._calls) if block + 1 < progress.finished else 0):
                 self._carry_on(block, index)  # `observe` does it for the last
+
+    def _write(self, block: int, progress: Progress) -> None:
+        """Write what was solved of a block, which is at work."""
+        linears = self.plans.linears(block)
+        progress.write(linears)
+        self._placement.keep(block, {name: progress.solved[name].packed for name in linears if name in progress.solved})
 
     def _enter(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Bring one more batch to the entrance of the first block, and return what enters it."""
@@ -166,7 +182,7 @@ class SequentialCalibration:
         self._collector = self._watching(epoch, self.stages[epoch].groups[0])
         if self._follows_dense:
             block = self._decoder.blocks[epoch]
-            self._dense_block = copy.deepcopy(block)
+            self._dense_block = copy_of(block)
             writers = residual_writers(block, hidden, call)
             self._writers = {f"{self._decoder.name(epoch)}.{name}": linear for name, linear in writers.items()}
 

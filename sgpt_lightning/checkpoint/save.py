@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.contents import contents
@@ -205,11 +205,15 @@ def _ledger(
 
 
 def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Read everything back before the directory may take its place."""
+    """Read everything back, one tensor at a time, before the directory may take its place."""
     Manifest.read(directory)
-    read = {name: tensor for path in _weight_files(directory) for name, tensor in load_file(path).items()}
-    wrong = [name for name, tensor in tensors.items() if name not in read or not torch.equal(read[name], tensor)]
-    if wrong or len(read) != len(tensors):
+    wrong, read = [], 0
+    for path in _weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            read += len(names)
+            wrong += [n for n in names if n not in tensors or not torch.equal(file.get_tensor(n), tensors[n])]
+    if wrong or read != len(tensors):
         raise OSError(f"{directory} did not read back as it was written: {', '.join(wrong[:4]) or 'extra tensors'}")
 
 

@@ -47,7 +47,6 @@ from sgpt_lightning.trainer.setup import (
     report_path,
     rescue_places,
     run_directory,
-    validate_now,
 )
 
 DEFAULT_RECIPE = Recipe()
@@ -99,7 +98,6 @@ class SparseGPTCallback(Callback):
         self._run: Run | None = None
         self._settings: TrainerSettings | None = None
         self._first_epoch = 0
-        self._measure_seconds = 0.0
 
     @property
     def solved(self) -> Mapping[str, SolvedLinear]:
@@ -145,8 +143,8 @@ class SparseGPTCallback(Callback):
         self.state = begin(trainer, run_settings(trainer, pl_module, own), self._resumed)
         self._resumed = None
         storage = pl_module.storage_dtype
-        how = (self.tf32_moments, self.activations)
-        calibration = calibration_for(self.calibration, network, self.recipe, storage, *how)
+        own_settings = (self.tf32_moments, self.activations)
+        calibration = calibration_for(self.calibration, network, self.recipe, storage, *own_settings)
         check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
         self._run = Run(self.state, calibration, network)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
@@ -257,7 +255,9 @@ class SparseGPTCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave out weights of a model that is not whole, and how much of `max_time` this process has used."""
         checkpoint["callbacks"].pop("Timer", None)
-        if self.state.settings and (self.state.target is None or trainer.state.status != TrainerStatus.FINISHED):
+        whole = not any(tensor.is_meta for tensor in checkpoint["state_dict"].values())
+        complete = self.state.target is not None and trainer.state.status == TrainerStatus.FINISHED
+        if self.state.settings and not (whole and complete):
             checkpoint["state_dict"] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -286,18 +286,13 @@ class SparseGPTCallback(Callback):
     def _show(self, run: Run, pl_module: LightningModule) -> None:
         """Give the progress bar the error of the last block and the time that is left."""
         finished, running = self.state.block_seconds, time.perf_counter() - run.stage_started
-        left = seconds_left(finished, running, run.stages - self.state.finished, closing=self._measure_seconds)
+        left = seconds_left(finished, running, run.stages - self.state.finished, closing=run.measure_seconds)
         if self.state.error is not None and left is not None:
             pl_module.log_dict({"error": self.state.error, "seconds_left": left}, prog_bar=True, logger=False)
 
     def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
-        """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
+        """Measure the model; see `Run.measure`."""
+        assert self._run is not None
         assert isinstance(pl_module, CausalLMModule)
-        started = time.perf_counter()
-        pl_module.measured_state = label
-        validate_now(trainer)
-        measured = {name: measured.perplexity for name, measured in pl_module.measured.items()}
-        self.state.perplexity[label] = measured
+        measured = self._run.measure(label, trainer, pl_module, self.activations)
         log_perplexity(trainer.loggers, measured, blocks)
-        self._measure_seconds = time.perf_counter() - started
-        self.state.seconds["evaluate"] += self._measure_seconds
