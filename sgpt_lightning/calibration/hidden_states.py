@@ -209,15 +209,30 @@ class HiddenStates:
         """Return where a batch goes that is new, and count it there."""
         if self._asked != "auto":
             return self._asked
-        if self._left is None:
-            host = HOST_SHARE * free_bytes(torch.device("cpu"))
-            self._left = {"device": DEVICE_SHARE * free_bytes(hidden.device), "cpu": host}
-            if not hidden.is_cuda:  # one memory
-                self._left = {"device": host, "cpu": 0}
+        self._left = self._left or _room(hidden.device)
         tier = next((tier for tier, left in self._left.items() if hidden.nbytes <= left), "disk")
         if tier != "disk":
             self._left[tier] -= hidden.nbytes
         return tier
+
+
+def _room(device: torch.device) -> dict[str, float]:
+    """Return the bytes that `auto` may fill, by tier."""
+    host = HOST_SHARE * free_bytes(torch.device("cpu"))
+    if device.type != "cuda":  # one memory
+        return {"device": host, "cpu": 0}
+    return {"device": DEVICE_SHARE * free_bytes(device), "cpu": host}
+
+
+def split_over_tiers(activations: Activations, device: torch.device, nbytes: int, count: int) -> dict[str, int]:
+    """Return the bytes that `count` hidden states of `nbytes` each would take in each tier."""
+    room = _room(device) if activations == "auto" else {activations: float("inf")}
+    found = dict.fromkeys(get_args(Activations)[1:], 0)
+    for tier in found:
+        here = min(count, int(min(room.get(tier, 0.0 if tier != "disk" else float("inf")), 2**62) // max(nbytes, 1)))
+        found[tier] = here * nbytes
+        count -= here
+    return found
 
 
 def _to_host(kept: _Kept, hidden: Tensor) -> _Kept:

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.contents import contents
+from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.format.description import (
     CONFIG,
     GENERATION_CONFIG,
@@ -207,13 +208,12 @@ def _ledger(
 def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Read everything back, one tensor at a time, before the directory may take its place."""
     Manifest.read(directory)
-    wrong, read = [], 0
-    for path in _weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            read += len(names)
-            wrong += [n for n in names if n not in tensors or not torch.equal(file.get_tensor(n), tensors[n])]
-    if wrong or read != len(tensors):
+    try:
+        files = TensorFiles(_weight_files(directory))
+        wrong = [name for name, tensor in tensors.items() if not files.holds(name, tensor)]
+    except ValueError as error:
+        raise OSError(f"{directory} did not read back as it was written: {error}") from error
+    if wrong or set(files) != set(tensors):
         raise OSError(f"{directory} did not read back as it was written: {', '.join(wrong[:4]) or 'extra tensors'}")
 
 

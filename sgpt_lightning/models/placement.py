@@ -47,6 +47,9 @@ class Placement:
     def keep(self, index: int, packed: Mapping[str, PackedWeight]) -> None:
         """Note that a block, which is at work, was solved, and what is stored of its linears, by full name."""
 
+    def forget(self) -> None:
+        """Put all blocks to rest, as they were before any was solved."""
+
     def read(self, name: str) -> Tensor:
         """Return a tensor of the dense model that is nowhere in memory, on the CPU, by its full name."""
         raise NotImplementedError
@@ -131,6 +134,13 @@ class BlocksElsewhere(Placement):
         self._solved.add(index)
         if self._read is not None:
             self._packed |= packed
+
+    def forget(self) -> None:
+        """Put all blocks to rest, as they were before any was solved; tensors that are at rest stay as they are."""
+        self._solved.clear()
+        self._packed.clear()
+        for index in list(self._resting):
+            self.put_back(index)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of the dense model that is nowhere in memory, on the CPU, by its full name."""

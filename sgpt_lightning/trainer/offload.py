@@ -13,7 +13,8 @@ from sgpt_lightning.calibration.by_block import add_batches
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.hidden_states import Activations, free_bytes
 from sgpt_lightning.checkpoint.any_model import load_model
-from sgpt_lightning.checkpoint.streamed import TensorFiles, load_streamed
+from sgpt_lightning.checkpoint.streamed import load_streamed
+from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.format.description import Residence
 from sgpt_lightning.format.directory import is_compressed_dir
@@ -66,9 +67,10 @@ def load_offloaded(
 
 def _first_with_room(directory: Path, dtype: torch.dtype, device: torch.device) -> Offload:
     """Return where a dense model fits; `none` for what is not read from safetensors files here."""
-    if not any(directory.glob("*.safetensors")):
+    paths = list(directory.glob("*.safetensors"))
+    if not paths:
         return "none"
-    needed = TensorFiles(directory).nbytes(dtype)
+    needed = TensorFiles(paths).nbytes(dtype)
     if needed <= MEMORY_SHARE * free_bytes(device):
         return "none"
     fits = device.type != "cpu" and needed <= MEMORY_SHARE * free_bytes(torch.device("cpu"))

@@ -12,7 +12,8 @@ from torch import nn
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.any_model import load_dense
 from sgpt_lightning.checkpoint.save import save_compressed
-from sgpt_lightning.checkpoint.streamed import TensorFiles, load_streamed
+from sgpt_lightning.checkpoint.streamed import load_streamed
+from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.identity import weights_digest
 from sgpt_lightning.models.placement import BlocksElsewhere
@@ -150,7 +151,7 @@ def test_a_truncated_file_is_refused(keep, tmp_path):
     path = make_directory(tmp_path / "dense", "opt") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged"):
-        TensorFiles(path.parent)
+        TensorFiles([path])
 
 
 def test_what_a_header_says_is_checked(tmp_path):
@@ -164,7 +165,7 @@ def test_what_a_header_says_is_checked(tmp_path):
         text = json.dumps(header | {name: header[name] | change}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
         with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged"):
-            TensorFiles(path.parent)
+            TensorFiles([path])
 
 
 def test_a_copy_of_a_block_does_not_run_the_block(tmp_path):
