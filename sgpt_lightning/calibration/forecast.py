@@ -5,10 +5,12 @@ them) on the first batches, and the first block is calibrated, solved and packed
 earnest, while the most memory that is held is noted. From there it is multiplication: hidden states by batches, results
 by blocks, seconds by both. The block is then what it was before.
 
-Left out: memory that libraries take for themselves (a CUDA context is some 0.5 GB), and what a logger or a Trainer does.
+Left out: memory that libraries take for themselves (a CUDA context is some 0.5 GB), and what loggers and a Trainer do.
 On the CPU memory is that of the whole process, so what it held before is in it.
 """
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings
 from sgpt_lightning.calibration.hidden_states import Activations, split_over_tiers
+from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.calibration.sequential import KEPT_BYTES, SequentialCalibration
 from sgpt_lightning.calibration.stages import Calibration
@@ -37,6 +40,8 @@ from sgpt_lightning.recipe import Recipe
 
 PROBED = 2
 """Batches that are run."""
+CARRIED = 0.5
+"""What carrying a batch through a block takes, of what observing it there does."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class _Meter:
     def trying(self, what: str) -> Iterator[None]:
         """Measure the body; memory is the most of all bodies of the name."""
         kinds = {"cpu", self.device.type}
-        self._wait()
+        self._settle()
         started = time.perf_counter()
         with peak_memory("cpu") as host, peak_memory(self.device if "cuda" in kinds else "cpu") as device:
             yield
@@ -113,6 +118,13 @@ class _Meter:
         found = {"cpu": host.nbytes, self.device.type: device.nbytes}
         before = self.most.get(what, {})
         self.most[what] = {k: _most(before.get(k), v) if k in before else v for k, v in found.items()}
+
+    def _settle(self) -> None:
+        """Wait for the device, and give the system back what is free: else what was tried before would count twice."""
+        self._wait()
+        if sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # of glibc
+            trim(0)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -204,28 +216,45 @@ def _try(
     streams = 2 if any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values()) else 1
     hidden = _hidden_bytes(model, probed[0]) if work.mode == "sequential" else 0
     share = 1.0 if work.mode == "one-shot" else _share_of_first(plans.linears, blocks)
-    packed = sum(linear.packed.nbytes for linear in solved.values()) / share
-    packed += sum(table.packed.nbytes for table in embeddings.values())
-    rest, _ = unpacked_contents(model, {*plans.recipes, *plans.embeddings}, storage_dtype)
-    result = int(packed) + sum(tensor.nbytes for tensor in rest.values())
+    budget = calibration.plans.budget.state()["bits"]  # what is entropy-coded meets it, whatever the first block took
+    packed = sum(linear.packed.nbytes for name, linear in solved.items() if name not in budget) / share
+    packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
+    result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
     tiers = split_over_tiers(work.activations, meter.device, hidden, streams * work.batches)
-    left_out = {tier: nbytes - (PROBED * streams * hidden if tier != "disk" else 0) for tier, nbytes in tiers.items()}
+    left_out = {tier: max(0, nbytes - len(probed) * streams * hidden) for tier, nbytes in tiers.items()}
     runs_more = max(0, min(KEPT_BYTES, runs * work.batches) - min(KEPT_BYTES, runs * len(probed)))
-    kept = {"device": left_out["device"] + runs_more, "cpu": left_out["cpu"] + int(packed)}
-    if meter.device.type == "cpu":
-        kept = {"cpu": kept["device"] + kept["cpu"]}
-    names = ("block", "solve block")
-    seconds = _seconds(meter, work, share)
-    on_device = meter.peak("cuda", dict.fromkeys(names, kept.get("device", 0))) if "device" in kept else None
-    on_cpu = meter.peak("cpu", dict.fromkeys(names, max(kept["cpu"], 0)))
+    # The uncompressed block's runs are gone when the last group is solved, which is where most memory is held.
+    later = {"block": runs_more, "solve block": 0}
+    seconds = _seconds(meter, work, share, groups=len(calibration.stages[epoch].groups))
+    if meter.device.type == "cuda":
+        on_device = meter.peak("cuda", {name: more + left_out["device"] for name, more in later.items()})
+        on_cpu = meter.peak("cpu", dict.fromkeys(later, left_out["cpu"] + int(packed)))
+    else:
+        held = left_out["device"] + left_out["cpu"] + int(packed)
+        on_device = on_cpu = meter.peak("cpu", {name: more + held for name, more in later.items()})
     return Forecast(
-        str(meter.device), on_device if "device" in kept else on_cpu, on_cpu, tiers["disk"] + result, result,
-        sum(seconds.values()), seconds,
-    )  # fmt: skip
+        str(meter.device), on_device, on_cpu, tiers["disk"] + result, result, sum(seconds.values()), seconds
+    )
 
 
-def _seconds(meter: _Meter, work: Workload, share: float) -> dict[str, float]:
-    """Return seconds by part; the last of what was tried several times counts, the first takes what is done once."""
+def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:
+    """Return the bytes of what is stored beside packed weights; biases that take over an error are rounded."""
+    rest, _ = unpacked_contents(model, {*plans.recipes, *plans.embeddings}, storage_dtype)
+    total = 0
+    for name, tensor in rest.items():
+        owner, _, leaf = name.rpartition(".")
+        rounded = leaf == "bias" and owner in plans.recipes and plans.recipes[owner].solve_parts.centre
+        item = min(tensor.element_size(), storage_dtype.itemsize) if rounded else tensor.element_size()
+        total += tensor.numel() * item
+    return total
+
+
+def _seconds(meter: _Meter, work: Workload, share: float, groups: int) -> dict[str, float]:
+    """Return seconds by part; the last of what was tried several times counts, the first takes what is done once.
+
+    A block runs on the batches once for each group of linears, the first time while it is observed, and once more to
+    carry them on, which takes about half of that: nothing is watched, and there is no uncompressed block beside.
+    """
 
     def last(what: str) -> float:
         return meter.seconds.get(what, [0.0])[-1]
@@ -233,9 +262,8 @@ def _seconds(meter: _Meter, work: Workload, share: float) -> dict[str, float]:
     return {
         "evaluate": 2 * work.evaluation_batches * last("evaluate"),
         "gradients": work.batches * last("gradients") + last("solve gradients") + last("embeddings"),
-        # Batches run again for each group of linears within `solve`, and are carried through the block before.
-        "calibrate": work.batches * last("block") / share,
-        "solve": last("solve block") / share,
+        "calibrate": work.batches * last("block") * (groups + CARRIED) / share,
+        "solve": max(last("solve block") - PROBED * (groups - 1) * last("block"), 0.0) / share,
     }
 
 
@@ -248,7 +276,7 @@ def _share_of_first(linears: Callable[[int | None], Mapping[str, nn.Module]], bl
 def _hidden_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """Return the bytes of the hidden state of one batch."""
     config: Any = getattr(model, "config", None)
-    width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
+    width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or 0
     return batch["input_ids"].numel() * width * next(model.parameters()).element_size()
 
 
