@@ -5,8 +5,7 @@ them) on the first batches, and the first block is calibrated, solved and packed
 earnest, while the most memory that is held is noted. From there it is multiplication: hidden states by batches, results
 by blocks, seconds by both. The block is then what it was before.
 
-Left out: memory that libraries take for themselves (a CUDA context is some 0.5 GB), and what loggers and a Trainer do.
-On the CPU memory is that of the whole process, so what it held before is in it.
+Left out: what libraries, loggers and a Trainer take. On the CPU memory is that of the whole process, others' included.
 """
 
 import ctypes
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,10 +75,6 @@ class Forecast:
     parts: Mapping[str, float] = field(default_factory=dict)
     """Seconds by part."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     def lines(self) -> str:
         """Return it for people."""
         device = [] if self.device == "cpu" else [(f"peak memory on {self.device}", _shown(self.device_bytes))]
@@ -108,10 +103,9 @@ class _Meter:
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
         """Measure the body; memory is the most of all bodies of the name."""
-        kinds = {"cpu", self.device.type}
         self._settle()
         started = time.perf_counter()
-        with peak_memory("cpu") as host, peak_memory(self.device if "cuda" in kinds else "cpu") as device:
+        with peak_memory("cpu") as host, peak_memory(self.device) as device:
             yield
             self._wait()
         self.seconds.setdefault(what, []).append(time.perf_counter() - started)
@@ -133,8 +127,7 @@ class _Meter:
     def peak(self, kind: str, extra: Mapping[str, int]) -> int | None:
         """Return the most of all that was tried, each with bytes that will come on top of it."""
         found = [(most[kind], extra.get(what, 0)) for what, most in self.most.items()]
-        known = [value + more for value, more in found if value is not None]
-        return max(known) if len(known) == len(found) else None
+        return None if None in dict(found) else max((value or 0) + more for value, more in found)
 
 
 def _most(one: int | None, other: int | None) -> int | None:

@@ -71,15 +71,15 @@ torch.set_num_threads(1)
 size = int(sys.argv[2])
 
 def made(size):
-    config = OPTConfig(vocab_size=2048, hidden_size=size, ffn_dim=2 * size, num_hidden_layers=3, num_attention_heads=8,
+    config = OPTConfig(vocab_size=2048, hidden_size=size, ffn_dim=2 * size, num_hidden_layers=2, num_attention_heads=8,
                        max_position_embeddings=256, word_embed_proj_dim=size)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
 
-batches = [{"input_ids": torch.randint(3, 2048, (4, 256))} for _ in range(6)]
+batches = [{"input_ids": torch.randint(3, 2048, (4, 256))} for _ in range(3)]
 compress(made(32), batches[:1], Recipe(preset="gptq"))  # imports and what libraries keep
 model = made(size)
 if sys.argv[1] == "forecast":
-    nbytes = forecast(model, batches, Recipe(preset="gptq"), Workload(batches=6)).cpu_bytes
+    nbytes = forecast(model, batches, Recipe(preset="gptq"), Workload(batches=3)).cpu_bytes
 else:
     with peak_memory("cpu") as peak:
         compress(model, batches, Recipe(preset="gptq"))
@@ -88,7 +88,7 @@ print(json.dumps(nbytes))
 """
 
 
-@pytest.mark.parametrize("size", [384, 768])
+@pytest.mark.parametrize("size", [384, 640])
 def test_the_peak_of_memory_is_within_fifteen_percent_of_what_is_measured(size, tmp_path):
     def run(how):
         command = [sys.executable, "-c", SCRIPT, how, str(size), str(tmp_path)]

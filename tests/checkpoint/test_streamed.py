@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = {
     "best": Recipe(scope="layer"),
     "ignored": Recipe(preset="gptq", ignore=["*.1.*"]),
-    "coded": Recipe(coding="entropy", target_bits_per_weight=5.0, scope="layer", embedding_bits=6.0),
     "sized": Recipe(coding="entropy", target_size=75_000, scope="layer", ignore=["*.1.*"]),
 }
 
@@ -75,7 +74,6 @@ def compressed(directory, model, recipe, mode="sequential"):
         ("opt", "best", "sequential"),
         ("gpt2", "best", "one-shot"),
         ("gpt2", "ignored", "sequential"),
-        ("opt", "coded", "sequential"),
         ("opt", "sized", "sequential"),
     ],
 )
