@@ -70,7 +70,10 @@ def _first_with_room(directory: Path, dtype: torch.dtype, device: torch.device) 
     paths = list(directory.glob("*.safetensors"))
     if not paths:
         return "none"
-    needed = TensorFiles(paths).nbytes(dtype)
+    try:
+        needed = TensorFiles(paths).nbytes(dtype)
+    except ValueError:  # damaged, which the loader says better
+        return "none"
     if needed <= MEMORY_SHARE * free_bytes(device):
         return "none"
     fits = device.type != "cpu" and needed <= MEMORY_SHARE * free_bytes(torch.device("cpu"))
