@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import evaluation_mode
@@ -21,6 +22,7 @@ def compress(
     storage_dtype: torch.dtype | None = None,
     mode: Mode = "sequential",
     tf32_moments: bool = False,
+    activations: Activations = "auto",
 ) -> dict[str, SolvedLinear]:
     """Compress a model in place, without Lightning.
 
@@ -34,6 +36,8 @@ def compress(
         storage_dtype: dtype of unquantized survivors; the model's own if None.
         mode: `sequential` or `one-shot`.
         tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.
+        activations: where hidden states are between blocks: `device`, `cpu`, `disk`, or `auto`, which takes the first
+            of them that has room; the result is the same bit for bit. See `hidden_states.py`.
 
     Returns:
         What to store, by the full name of the linear or embedding.
@@ -51,7 +55,7 @@ def compress(
         if recipe.embedding_bits is not None:
             counts.add(batch)
     storage_dtype = storage_dtype or next(model.parameters()).dtype
-    calibration = calibration_for(mode, model, recipe, storage_dtype, tf32_moments)
+    calibration = calibration_for(mode, model, recipe, storage_dtype, tf32_moments, activations=activations)
     embeddings = code_embeddings(model, calibration.plans, counts)
     solved: dict[str, SolvedLinear] = {}
     with evaluation_mode(model):

@@ -36,9 +36,18 @@ class OutputGradients:
         model: a causal language model in eval mode, with `get_input_embeddings`; its parameters get no gradients.
         linears: the linears to watch, by name.
         blocks: its decoder blocks, which run twice where memory would not hold them all.
+        one_block: run them twice whatever they take, since they come to the device one at a time.
     """
 
-    def __init__(self, model: Any, linears: Mapping[str, nn.Module], blocks: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        linears: Mapping[str, nn.Module],
+        blocks: Sequence[nn.Module] = (),
+        *,
+        one_block: bool = False,
+    ) -> None:
+        self._kept_bytes = -1 if one_block else KEPT_BYTES
         self._model = model
         self._linears = linears
         self._blocks = blocks
@@ -68,7 +77,7 @@ class OutputGradients:
         ]
         kept = batch["input_ids"].numel() * self._token_bytes
         try:
-            with torch.enable_grad(), _run_twice(self._blocks) if kept > KEPT_BYTES else nullcontext():
+            with torch.enable_grad(), _run_twice(self._blocks) if kept > self._kept_bytes else nullcontext():
                 logits = self._model(**model_inputs(batch)).logits[:, :-1].float()
                 labels = batch["input_ids"][:, 1:]
                 mask = batch.get("attention_mask")

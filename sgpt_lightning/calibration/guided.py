@@ -15,6 +15,7 @@ from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, real_tokens
 from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.recipe import Recipe
 
 
@@ -36,7 +37,7 @@ class GuidedCalibration:
         self._then = then
         self._next = then(plans)
         self._count = BatchCount()
-        self._gradients = OutputGradients(model, linears, plans.decoder.blocks)
+        self._gradients = OutputGradients(model, linears, plans.decoder.blocks, one_block=placement_of(model).moves)
         self._collector = InputCollector(linears if recipe.scope == "model" else {}, tf32)
 
     @property
@@ -96,7 +97,8 @@ class GuidedCalibration:
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take up the plans, and with them the calibration that follows."""
-        self.plans = progress.plans.restored(self.plans)
+        device = placement_of(self._model).device_of(next(iter(self.plans.linears().values())))
+        self.plans = progress.plans.restored(self.plans, device)
         self._next = self._then(self.plans)
         if progress.finished:
             self._count.expect(progress.batches)

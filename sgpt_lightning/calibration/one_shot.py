@@ -17,6 +17,7 @@ from sgpt_lightning.calibration.stages import Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import forwards, model_inputs, real_tokens
 from sgpt_lightning.models.blocks import mark_compressed
+from sgpt_lightning.models.placement import placement_of
 
 
 class OneShotCalibration:
@@ -26,6 +27,7 @@ class OneShotCalibration:
         self._model = model
         self.plans = plans
         self._storage_dtype = storage_dtype
+        self._placement = placement_of(model)
         self.stages: Sequence[Stage] = [Stage("all blocks", len(plans.decoder.blocks), (tuple(plans.linears()),))]
         self._collector = InputCollector(plans.linears(), tf32)
 
@@ -44,16 +46,25 @@ class OneShotCalibration:
             if not self.plans.fallbacks.allowed:
                 self._collector.check()
         mark_compressed(self._model)
-        linears = self._collector.linears
-        solved = solve_linears(linears, self._collector, self.plans, self._storage_dtype)
-        with ranks.outcome():
-            check_stored(linears, solved)
-        check_everywhere(linears, ranks, self.stages[epoch].label)
+        solved: dict[str, SolvedLinear] = {}
+        for block in range(len(self.plans.decoder.blocks)):
+            linears = self.plans.linears(block)
+            with self._placement.at_work(block):
+                found = solve_linears(linears, self._collector, self.plans, self._storage_dtype)
+                with ranks.outcome():
+                    check_stored(linears, found)
+                check_everywhere(linears, ranks, self.stages[epoch].label)
+                self._placement.keep(block, {name: linear.packed for name, linear in found.items()})
+            solved |= found
         return solved
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Write what was solved: all or nothing."""
-        self.plans = progress.plans.restored(self.plans)
-        if progress.finished:
+        device = self._placement.device_of(next(iter(self.plans.linears().values())))
+        self.plans = progress.plans.restored(self.plans, device)
+        for block in range(len(self.plans.decoder.blocks) if progress.finished else 0):
             mark_compressed(self._model)
-            progress.write(self.plans.linears())
+            linears = self.plans.linears(block)
+            with self._placement.at_work(block):
+                progress.write(linears)
+                self._placement.keep(block, {n: progress.solved[n].packed for n in linears if n in progress.solved})

@@ -42,9 +42,8 @@ class PlanState:
             {name: weights.cpu() for name, weights in plans.row_weights.items()},
         )
 
-    def restored(self, plans: Plans) -> Plans:
-        """Return plans that were just made for the same model and recipe, with what was taken down."""
-        device = weight_matrix(next(iter(plans.linears().values()))).device
+    def restored(self, plans: Plans, device: torch.device) -> Plans:
+        """Return plans that were just made for the same model and recipe, with what was taken down, on a device."""
         return replace(
             plans,
             recipes={name: _recipe(values) for name, values in self.recipes.items()},

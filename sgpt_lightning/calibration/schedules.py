@@ -6,13 +6,16 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import plan_linears
 from sgpt_lightning.calibration.guided import GuidedCalibration
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.one_shot import OneShotCalibration
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.ranks import ALONE, Ranks
 from sgpt_lightning.calibration.sequential import SequentialCalibration
 from sgpt_lightning.calibration.stages import Calibration
+from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.recipe import Recipe
 
 Mode = Literal["sequential", "one-shot"]
@@ -25,18 +28,25 @@ def calibration_for(
     storage_dtype: torch.dtype,
     tf32_moments: bool = False,
     ranks: Ranks = ALONE,
+    activations: Activations = "auto",
 ) -> Calibration:
     """Make the calibration called `mode`; the arguments are those of `compress`, and the processes of the run."""
-    kinds: dict[Mode, type[SequentialCalibration] | type[OneShotCalibration]] = {
-        "sequential": SequentialCalibration,
-        "one-shot": OneShotCalibration,
-    }
-    if mode not in kinds:
-        raise ValueError(f"calibration must be one of {', '.join(kinds)}, got {mode!r}")
+    check_choice("calibration", mode, Mode)
+    check_choice("activations", activations, Activations)
+    moves = placement_of(model).moves
+    if recipe.scope == "model" and moves:
+        raise ValueError(
+            "scope model holds the statistics of all linears at once, offloaded blocks are there one at a time: "
+            "set recipe.scope to layer, or offload to none"
+        )
+    if ranks.size > 1 and moves:
+        raise ValueError(f"offloaded blocks are for one process, got {ranks.size}: set offload to none")
     plans = replace(plan_linears(model, recipe, storage_dtype), ranks=ranks)
 
     def start(plans: Plans) -> Calibration:
-        return kinds[mode](model, plans, storage_dtype, tf32_moments)
+        if mode == "one-shot":  # it keeps no hidden states
+            return OneShotCalibration(model, plans, storage_dtype, tf32_moments)
+        return SequentialCalibration(model, plans, storage_dtype, tf32_moments, activations)
 
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
         return GuidedCalibration(model, recipe, plans, start, tf32_moments)

@@ -9,7 +9,6 @@ the block is run again for each group of linears that share an input. Where the 
 dense model's hidden states are carried beside, through a copy of each block made before it is compressed.
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from sgpt_lightning.calibration.collector import (
     input_groups,
     watched_inputs,
 )
+from sgpt_lightning.calibration.hidden_states import Activations, HiddenStates
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import check_everywhere, check_stored, solve_linears
@@ -30,7 +30,11 @@ from sgpt_lightning.calibration.stages import BatchCount, Stage
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.batches import real_tokens
 from sgpt_lightning.models.blocks import mark_compressed
-from sgpt_lightning.models.replay import BlockReplay, PrologueOutput, residual_writers, run_block
+from sgpt_lightning.models.placement import copy_of, placement_of
+from sgpt_lightning.models.replay import BlockCall, BlockReplay, residual_writers, run_block
+
+OURS, DENSE = "compressed", "dense"
+"""Streams of hidden states: what the compressed blocks give, and what the dense model's do."""
 
 
 class SequentialCalibration:
@@ -39,18 +43,26 @@ class SequentialCalibration:
     Tokens are read in epoch 0 only; in later epochs batch i is what has become of batch i of epoch 0.
     """
 
-    def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype, tf32: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plans: Plans,
+        storage_dtype: torch.dtype,
+        tf32: bool = False,
+        activations: Activations = "auto",
+    ) -> None:
         self._model = model
         self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
+        self._placement = placement_of(model)
         self.plans = plans
         self._storage_dtype = storage_dtype
         self._tf32 = tf32
-        self._inputs: list[PrologueOutput] = []
+        self._hidden = HiddenStates(activations)
+        self._calls: list[Sequence[BlockCall]] = []
         self._count = BatchCount()
         self._real: list[Tensor | None] = []
         self._follows_dense = any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values())
-        self._dense_hidden: list[Tensor] = []
         self._dense_block: nn.Module | None = None
         self._dense_runs: dict[int, _DenseRun] = {}
         self._writers: dict[str, nn.Module] = {}
@@ -64,13 +76,11 @@ class SequentialCalibration:
     def observe(self, epoch: int, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Carry the batch to the entrance of block `epoch`, then through it under watch."""
         self._count.add(epoch, batch_index)
-        if epoch == 0:
-            self._enter(batch)
-        else:
-            self._carry_on(epoch - 1, batch_index)
+        hidden = self._enter(batch) if epoch == 0 else self._carry_on(epoch - 1, batch_index)
         if batch_index == 0:
-            self._begin(epoch)
-        self._collect(epoch, batch_index, last=len(self.stages[epoch].groups) == 1)
+            self._placement.bring(epoch)
+            self._begin(epoch, hidden)
+        self._collect(epoch, batch_index, hidden, last=len(self.stages[epoch].groups) == 1)
 
     def finish(self, epoch: int) -> dict[str, SolvedLinear]:
         """Solve the linears of block `epoch`."""
@@ -79,6 +89,7 @@ class SequentialCalibration:
             self._count.check(epoch)
             self._replay.check()
             self._check_inputs()
+        self._placement.put_back(epoch - 1)
         mark_compressed(self._model)
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
@@ -86,19 +97,23 @@ class SequentialCalibration:
             if position:
                 self._collector = self._watching(epoch, names)
                 with ranks.outcome():
-                    for batch_index in range(len(self._inputs)):
-                        self._collect(epoch, batch_index, last=position + 1 == len(groups))
+                    for batch_index in range(len(self._calls)):
+                        entered = self._entered(batch_index)
+                        self._collect(epoch, batch_index, entered, last=position + 1 == len(groups))
                     self._check_inputs()
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         linears = self.plans.linears(epoch)
         with ranks.outcome():
             check_stored(linears, solved)
         check_everywhere(linears, ranks, self.stages[epoch].label)
+        self._placement.keep(epoch, {name: linear.packed for name, linear in solved.items()})
         self._dense_block = None
         self._dense_runs.clear()
         if epoch + 1 == len(self.stages):
-            for kept in (self._inputs, self._real, self._dense_hidden):
-                kept.clear()
+            self._placement.put_back(epoch)
+            self._hidden.clear()
+            self._calls.clear()
+            self._real.clear()
         return {name: solved[name] for name in self._decoder.linears(epoch) if name in solved}
 
     def _check_inputs(self) -> None:
@@ -108,61 +123,81 @@ class SequentialCalibration:
 
     def resume(self, progress: Progress, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Write what was solved, and carry the batches, in both models, as far as they were."""
-        self.plans = progress.plans.restored(self.plans)
+        device = self._placement.device_of(next(iter(self.plans.linears().values())))
+        self.plans = progress.plans.restored(self.plans, device)
         self.plans.fallbacks.take_up(progress.solved)
         if not progress.finished:
             return
         mark_compressed(self._model)
         self._count.expect(progress.batches)
         if progress.finished == len(self.stages):
-            progress.write(self.plans.linears())
+            for block in range(progress.finished):
+                with self._placement.at_work(block):
+                    self._write(block, progress)
             return
         for batch in batches:
             self._enter(batch)
         for block in range(progress.finished):
-            for index, hidden in enumerate(self._dense_hidden):
-                self._dense_hidden[index] = self._replay.run(block, hidden, self._inputs[index].calls[block])
-            progress.write(self.plans.linears(block))
-            for index in range(len(self._inputs) if block + 1 < progress.finished else 0):
+            self._placement.put_back(block - 1)
+            self._placement.bring(block)
+            for index, calls in enumerate(self._calls if self._follows_dense else ()):
+                self._hidden.put(DENSE, index, self._replay.run(block, self._hidden.get(DENSE, index), calls[block]))
+            self._write(block, progress)
+            for index in range(len(self._calls) if block + 1 < progress.finished else 0):
                 self._carry_on(block, index)  # `observe` does it for the last
 
-    def _enter(self, batch: Mapping[str, Tensor]) -> None:
-        """Bring one more batch to the entrance of the first block."""
-        batch, real = real_tokens(batch)
-        self._inputs.append(self._replay.prologue(batch))
-        self._real.append(real)
-        if self._follows_dense:
-            self._dense_hidden.append(self._inputs[-1].hidden)
+    def _write(self, block: int, progress: Progress) -> None:
+        """Write what was solved of a block, which is at work."""
+        linears = self.plans.linears(block)
+        progress.write(linears)
+        self._placement.keep(block, {name: progress.solved[name].packed for name in linears if name in progress.solved})
 
-    def _carry_on(self, block: int, batch_index: int) -> None:
-        """Carry a batch through a block that is compressed."""
-        hidden, calls = self._inputs[batch_index]
-        self._inputs[batch_index] = PrologueOutput(self._replay.run(block, hidden, calls[block]), calls)
+    def _enter(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Bring one more batch to the entrance of the first block, and return what enters it."""
+        batch, real = real_tokens(batch)
+        hidden, calls = self._replay.prologue(batch)
+        for stream in (OURS, DENSE) if self._follows_dense else (OURS,):
+            self._hidden.put(stream, len(self._calls), hidden)
+        self._calls.append(calls)
+        self._real.append(real)
+        return hidden
+
+    def _entered(self, batch_index: int) -> Tensor:
+        """Return what has become of a batch, and have the next one fetched; behind the last comes the first."""
+        hidden = self._hidden.get(OURS, batch_index)
+        following = (batch_index + 1) % len(self._calls)
+        for stream in (OURS, DENSE) if self._follows_dense else (OURS,):
+            self._hidden.prefetch(stream, following)
+        return hidden
+
+    def _carry_on(self, block: int, batch_index: int) -> Tensor:
+        """Carry a batch through a block that is compressed, and return what has become of it."""
+        hidden = self._replay.run(block, self._entered(batch_index), self._calls[batch_index][block])
+        self._hidden.put(OURS, batch_index, hidden)
+        return hidden
 
     def _watching(self, epoch: int, names: Sequence[str]) -> InputCollector:
         """Return a collector for some linears of block `epoch`."""
         linears = self.plans.linears(epoch)
         return InputCollector({name: linears[name] for name in names}, self._tf32)
 
-    def _begin(self, epoch: int) -> None:
+    def _begin(self, epoch: int, hidden: Tensor) -> None:
         """Find out which linears of the block share an input and when they run; keep a copy of the block."""
-        linears = self.plans.linears(epoch)
+        linears, call = self.plans.linears(epoch), self._calls[0][epoch]
         if any(self.plans.recipes[name].solve_parts.true_sequential for name in linears):
-            hidden, calls = self._inputs[0]
             with watched_inputs(linears) as inputs:
-                self._replay.run(epoch, hidden, calls[epoch])
+                self._replay.run(epoch, hidden, call)
             groups = tuple(tuple(group) for group in input_groups(inputs, linears))
             self.stages[epoch] = self.stages[epoch]._replace(groups=groups)
         self._collector = self._watching(epoch, self.stages[epoch].groups[0])
         if self._follows_dense:
-            block, (hidden, calls) = self._decoder.blocks[epoch], self._inputs[0]
-            self._dense_block = copy.deepcopy(block)
-            writers = residual_writers(block, hidden, calls[epoch])
+            block = self._decoder.blocks[epoch]
+            self._dense_block = copy_of(block)
+            writers = residual_writers(block, hidden, call)
             self._writers = {f"{self._decoder.name(epoch)}.{name}": linear for name, linear in writers.items()}
 
-    def _collect(self, epoch: int, batch_index: int, *, last: bool) -> None:
+    def _collect(self, epoch: int, batch_index: int, hidden: Tensor, *, last: bool) -> None:
         """Run the block under watch, and its dense copy beside it; `last` if no more groups of the block follow."""
-        hidden, calls = self._inputs[batch_index]
         linears, reference, stream = self._collector.linears, None, ResidualStream(hidden)
         if self._dense_block is not None:
             reference = self._follow_dense(epoch, batch_index, stream, last=last)
@@ -173,7 +208,7 @@ class SequentialCalibration:
             self._collector.collecting(batch_index, self._real[batch_index], reference),
             watched_inputs(linears),
         ):
-            self._replay.run(epoch, hidden, calls[epoch])
+            self._replay.run(epoch, hidden, self._calls[batch_index][epoch])
 
     def _follow_dense(self, epoch: int, batch_index: int, stream: ResidualStream, *, last: bool) -> DenseReference:
         """Return what the block's dense copy does with a batch; for the last group, carry its output on.
@@ -188,7 +223,7 @@ class SequentialCalibration:
             if keeps:
                 self._dense_runs[batch_index] = run
         if last:
-            self._dense_hidden[batch_index] = run.left
+            self._hidden.put(DENSE, batch_index, run.left)
             self._dense_runs.pop(batch_index, None)
         return DenseReference(run.inputs, run.stream, stream)
 
@@ -202,7 +237,7 @@ class SequentialCalibration:
         def copies(linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             return {name: block.get_submodule(name.removeprefix(prefix)) for name in linears}
 
-        entered, call = self._dense_hidden[batch_index], self._inputs[batch_index].calls[epoch]
+        entered, call = self._hidden.get(DENSE, batch_index), self._calls[batch_index][epoch]
         stream, left = ResidualStream(entered), entered
         with stream.following(copies(self._writers)), watched_inputs(copies(linears), end_early=not to_its_end) as seen:
             left = run_block(block, entered, call)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.load import stored_tables
 from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.placement import in_memory
 
 
 def contents(
@@ -46,9 +47,12 @@ def unpacked_contents(
         packed: full names of the modules whose `weight` is packed.
         storage_dtype: dtype for what it loses nothing of.
     """
-    state = model.state_dict()
     weights = {f"{name}.weight" for name in packed}
-    first_name = {_place(state[name]): name for name in state if name in weights}
+    state = {
+        name: tensor if name in weights else in_memory(model, name, tensor)
+        for name, tensor in model.state_dict().items()
+    }
+    first_name = {_place(state[name]): name for name in state if name in weights and not state[name].is_meta}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():

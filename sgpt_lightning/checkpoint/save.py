@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.contents import contents
+from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.format.description import (
     CONFIG,
     GENERATION_CONFIG,
@@ -205,11 +206,14 @@ def _ledger(
 
 
 def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Read everything back before the directory may take its place."""
+    """Read everything back, one tensor at a time, before the directory may take its place."""
     Manifest.read(directory)
-    read = {name: tensor for path in _weight_files(directory) for name, tensor in load_file(path).items()}
-    wrong = [name for name, tensor in tensors.items() if name not in read or not torch.equal(read[name], tensor)]
-    if wrong or len(read) != len(tensors):
+    try:
+        files = TensorFiles(_weight_files(directory))
+        wrong = [name for name, tensor in tensors.items() if not files.holds(name, tensor)]
+    except ValueError as error:
+        raise OSError(f"{directory} did not read back as it was written: {error}") from error
+    if wrong or set(files) != set(tensors):
         raise OSError(f"{directory} did not read back as it was written: {', '.join(wrong[:4]) or 'extra tensors'}")
 
 

@@ -109,4 +109,9 @@ def is_marked_compressed(model: nn.Module) -> bool:
     return _MARK in model.__dict__
 
 
+def unmark_compressed(model: nn.Module) -> None:
+    """Take the mark away from a model that has its dense weights again."""
+    model.__dict__.pop(_MARK, None)
+
+
 _MARK = "_sgpt_compressed"

@@ -6,6 +6,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.models.placement import in_memory
+
 _AT_ONCE = 1 << 24
 """Entries that are summed at a time: a sum of narrow integers makes wide copies of them."""
 _SAMPLE = 64
@@ -30,7 +32,7 @@ def weights_digest(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        bits = _bits(tensor)
+        bits = _bits(in_memory(model, name, tensor))
         total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_AT_ONCE))
         sample = bits[:: max(len(bits) // _SAMPLE, 1)][:_SAMPLE].tolist()
         digest.update(repr((name, list(tensor.shape), str(tensor.dtype), total, sample)).encode())

@@ -7,7 +7,6 @@ known and replaced. They are recorded per block, because families with sliding w
 different blocks.
 """
 
-import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from sgpt_lightning.models.adapters import adapter_of
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.linears import find_linears
+from sgpt_lightning.models.placement import copy_of
 
 
 class BlockCall(NamedTuple):
@@ -61,7 +61,7 @@ class BlockReplay:
         self._blocks = blocks
         adapter = adapter_of(model)
         self._hidden = [None if adapter is None else _parameter(block, adapter.hidden) for block in blocks]
-        self._returns_tuple: list[bool] | None = None
+        self.returns_tuple: list[bool] | None = None
         self._calls_by_shape: dict[tuple[int, ...], Sequence[BlockCall] | None] = {}
         self._strayed: Tensor | None = None
 
@@ -72,8 +72,8 @@ class BlockReplay:
         No value is read from the device but for the first batch of a shape.
         """
         inputs = model_inputs(batch)
-        if self._returns_tuple is None:
-            self._returns_tuple = self._observe_return_types(inputs)
+        if self.returns_tuple is None:
+            self.returns_tuple = self._observe_return_types(inputs)
         hidden, recorded = self._record(inputs)
         # Without padding, masks and positions follow from the shape: keep one copy.
         calls = None if "attention_mask" in inputs else self._calls_of_shape(inputs, recorded)
@@ -135,8 +135,8 @@ class BlockReplay:
 
     def _record(self, inputs: dict[str, Any]) -> tuple[Tensor, list[BlockCall]]:
         recorded: list[tuple[Tensor, BlockCall]] = []
-        assert self._returns_tuple is not None
-        returns_tuple = self._returns_tuple
+        assert self.returns_tuple is not None
+        returns_tuple = self.returns_tuple
 
         def stub(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _taken_apart(args, kwargs, self._hidden[len(recorded)])
@@ -246,7 +246,7 @@ def residual_writers(block: nn.Module, hidden: Tensor, call: BlockCall) -> dict[
     linears = find_linears(block)
     if hidden.dtype in (torch.float16, torch.bfloat16):
         wide = call._replace(args=_floats(call.args), kwargs=_floats(call.kwargs))
-        return {name: linears[name] for name in residual_writers(copy.deepcopy(block).float(), hidden.float(), wide)}
+        return {name: linears[name] for name in residual_writers(copy_of(block).float(), hidden.float(), wide)}
     outputs: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[..., None]:

@@ -15,13 +15,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import least_bytes
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.ranks import ALONE
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.format.directory import check_target, is_compressed_dir
@@ -43,7 +45,6 @@ from sgpt_lightning.trainer.setup import (
     network_of,
     run_directory,
     use_processes,
-    validate_now,
 )
 
 DEFAULT_RECIPE = Recipe()
@@ -61,10 +62,12 @@ class SparseGPTCallback(Callback):
         save_dir: where the compressed model goes; None for `compressed` in the run directory.
         validate_every_block: also measure perplexity after each block.
         tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.
+        activations: where hidden states are between blocks: `device`, `cpu`, `disk`, or `auto`, which takes the first
+            of them that has room; the result is the same.
 
     Raises:
         TypeError: `recipe` is no `Recipe`.
-        ValueError: an unknown way to calibrate.
+        ValueError: an unknown way to calibrate, or place for hidden states.
     """
 
     def __init__(
@@ -74,16 +77,18 @@ class SparseGPTCallback(Callback):
         save_dir: str | None = None,
         validate_every_block: bool = False,
         tf32_moments: bool = False,
+        activations: Activations = "auto",
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe must be a Recipe, got {recipe!r} ({type(recipe).__name__})")
-        if calibration not in get_args(Mode):
-            raise ValueError(f"calibration must be one of {', '.join(get_args(Mode))}, got {calibration!r}")
+        check_choice("calibration", calibration, Mode)
+        check_choice("activations", activations, Activations)
         self.recipe = recipe
         self.calibration = calibration
         self.save_dir = save_dir
         self.validate_every_block = validate_every_block
         self.tf32_moments = tf32_moments
+        self.activations: Activations = activations
         self.manifest: Manifest | None = None
         self.state = RunState({})
         """How far the run has come, or the last one came."""
@@ -94,7 +99,6 @@ class SparseGPTCallback(Callback):
         self._directory: Path | None = None
         self._report = Path()
         self._first_epoch = 0
-        self._measure_seconds = 0.0
 
     @property
     def solved(self) -> Mapping[str, SolvedLinear]:
@@ -145,10 +149,10 @@ class SparseGPTCallback(Callback):
         self.state = begin(trainer, run_settings(trainer, pl_module, own), self._resumed)
         self._resumed = None
         storage = pl_module.storage_dtype
-        tf32, ranks = self.tf32_moments, self._ranks
-        with ranks.outcome():
-            calibration = calibration_for(self.calibration, network, self.recipe, storage, tf32, ranks)
-            if ranks.is_first:
+        own_settings = (self.tf32_moments, self._ranks, self.activations)
+        with self._ranks.outcome():
+            calibration = calibration_for(self.calibration, network, self.recipe, storage, *own_settings)
+            if self._ranks.is_first:
                 check_target(self.target(trainer), least_bytes(network, calibration.plans, storage))
         self._run = Run(self.state, calibration, network)
         self._first_epoch = trainer.current_epoch  # not 0 when a Trainer fits for the second time
@@ -251,7 +255,9 @@ class SparseGPTCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave out weights of a model that is not whole, and how much of `max_time` this process has used."""
         checkpoint["callbacks"].pop("Timer", None)
-        if self.state.settings and (self.state.target is None or trainer.state.status != TrainerStatus.FINISHED):
+        whole = not any(tensor.is_meta for tensor in checkpoint["state_dict"].values())
+        complete = self.state.target is not None and trainer.state.status == TrainerStatus.FINISHED
+        if self.state.settings and not (whole and complete):
             checkpoint["state_dict"] = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -282,18 +288,13 @@ class SparseGPTCallback(Callback):
     def _show(self, run: Run, pl_module: LightningModule) -> None:
         """Give the progress bar the error of the last block and the time that is left."""
         finished, running = self.state.block_seconds, time.perf_counter() - run.stage_started
-        left = seconds_left(finished, running, run.stages - self.state.finished, closing=self._measure_seconds)
+        left = seconds_left(finished, running, run.stages - self.state.finished, closing=run.measure_seconds)
         if self.state.error is not None and left is not None:
             pl_module.log_dict({"error": self.state.error, "seconds_left": left}, prog_bar=True, logger=False)
 
     def _measure(self, label: str, trainer: Trainer, pl_module: LightningModule, blocks: int) -> None:
-        """Run the Trainer's validation loop, and keep and log the perplexities; nothing without validation data."""
+        """Measure the model; see `Run.measure`."""
+        assert self._run is not None
         assert isinstance(pl_module, CausalLMModule)
-        started = time.perf_counter()
-        pl_module.measured_state = label
-        validate_now(trainer)
-        measured = {name: measured.perplexity for name, measured in pl_module.measured.items()}
-        self.state.perplexity[label] = measured
+        measured = self._run.measure(label, trainer, pl_module, self.activations)
         log_perplexity(trainer.loggers, measured, blocks)
-        self._measure_seconds = time.perf_counter() - started
-        self.state.seconds["evaluate"] += self._measure_seconds

@@ -31,6 +31,7 @@ from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.suggest import did_you_mean
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
+from sgpt_lightning.trainer.dry_run import forecast_fit
 from sgpt_lightning.trainer.last_checkpoint import LastCheckpoint
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.progress import CompressionProgressBar, ProgressLines
@@ -111,6 +112,7 @@ class SGPTCli(LightningCLI):
         parser.add_lightning_class_args(SparseGPTCallback, "sgpt")
         # The default recipe has resolved itself for its own preset and coding; a config may name others.
         parser.set_defaults({f"sgpt.recipe.{f.name}": None for f in fields(Recipe) if f.default is None})
+        parser.add_argument("--dry_run", action="store_true", help="fit: say what it would take, and do not do it")
         parser.link_arguments("model.path", "data.tokenizer")
         parser.link_arguments("model.seq_len", "data.seq_len", apply_on="instantiate")
 
@@ -136,7 +138,13 @@ class SGPTCli(LightningCLI):
         """Do nothing: checkpoints hold no settings to take over, and are compared with those that are given."""
 
     def before_fit(self) -> None:
-        """Remember which directory, if any, the compressed model is about to replace; begin where nothing is kept."""
+        """Remember which directory, if any, the compressed model is about to replace; begin where nothing is kept.
+
+        A dry run ends here.
+        """
+        if self.config_init.fit.dry_run:
+            print(forecast_fit(self.trainer, self.model, self.datamodule, self._callback()).lines())
+            raise SystemExit(0)
         self._before = _identity(self._callback().target(self.trainer))
         if self.config_init.fit.ckpt_path == "last" and not self._last_checkpoints():
             # As for Lightning, which would say the same: a job that is queued again may always ask for it.

@@ -5,7 +5,7 @@ without it `global_step` would stay 0 and checkpoints, loggers and resumed runs 
 network is frozen; it changes only when the callback writes solved weights into it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.ranks import joined
 from sgpt_lightning.calibration.stages import Stage
-from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.format.description import Residence
@@ -26,6 +25,7 @@ from sgpt_lightning.format.directory import is_compressed_dir
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.hub import hub_help
 from sgpt_lightning.models.names import MODEL_REMEDY, find_model, load_tokenizer, resolve_model
+from sgpt_lightning.trainer.offload import Offload, load_offloaded
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +50,9 @@ class CausalLMModule(LightningModule):
             directory the one that it was evaluated with.
         resident: how packed weights of a compressed directory live in memory: `dense` unpacks them when the model is
             loaded, `packed` and `coded` one at a time in each forward; see `load_compressed`.
+        offload: where the decoder blocks of a dense model are while nobody computes with them: `none`, on the device as
+            all else; `cpu`; `disk`, where they are read from the model's files one at a time; or `auto`, which takes
+            the first of them that has room. The result is the same.
 
     Raises:
         ValueError: unknown dtype, a path that does not exist, or seq_len beyond the model's positions.
@@ -76,6 +79,7 @@ class CausalLMModule(LightningModule):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         resident: Residence = "dense",
+        offload: Offload = "auto",
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in COMPUTE_DTYPES:
@@ -84,7 +88,9 @@ class CausalLMModule(LightningModule):
         self._compute_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._attn_implementation = attn_implementation
         check_choice("resident", resident, Residence)
+        check_choice("offload", offload, Offload)
         self._resident: Residence = resident
+        self._offload: Offload = offload
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, seq_len: int | None = None) -> "CausalLMModule":
@@ -117,7 +123,9 @@ class CausalLMModule(LightningModule):
         """Load the model and its tokenizer, once."""
         if self.network is None:
             dtype = self._compute_dtype or self._default_dtype()
-            self.network = load_model(self.path, dtype, self._attn_implementation, self._resident)
+            device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
+            options = (dtype, self._attn_implementation, self._resident)
+            self.network = load_offloaded(self.path, self._offload, device, *options)
             self.tokenizer = load_tokenizer(self.path)
 
     def _default_dtype(self) -> torch.dtype | None:
@@ -186,6 +194,12 @@ class CausalLMModule(LightningModule):
             perplexity = metric.compute()  # of all processes
             self.measured[name] = Measured(float(perplexity), windows)
             self.log(f"perplexity/{name}", perplexity, prog_bar=True, logger=to_logger, sync_dist=ranks.size > 1)
+
+    def take_measured(self, metrics: Sequence[Perplexity]) -> None:
+        """Take over what was measured without the Trainer's loop, by data set."""
+        self.perplexities = nn.ModuleList(metrics)
+        found = [Measured(float(metric.compute()), int(metric.windows)) for metric in metrics]
+        self.measured = dict(zip(self.evaluation_names(), found, strict=True))
 
     def evaluation_names(self) -> list[str]:
         """Names of the evaluation data sets: the data module's, or their positions."""

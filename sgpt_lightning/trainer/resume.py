@@ -26,6 +26,7 @@ from sgpt_lightning.models.batches import real_tokens
 from sgpt_lightning.models.identity import config_digest, weights_digest
 from sgpt_lightning.report.run import versions
 from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.offload import on_device
 from sgpt_lightning.trainer.protocols import text_protocols
 
 VERSION = 1
@@ -277,12 +278,8 @@ def check_same_text(trainer: Trainer, was: Mapping[str, Any], ranks: Ranks = ALO
 
 def batches_on_device(trainer: Trainer) -> Iterator[Mapping[str, Tensor]]:
     """Yield the calibration batches as `training_step` receives them."""
-    module = trainer.lightning_module
     for batch in _batches(trainer):
-        prepared = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-        if isinstance(module, CausalLMModule):
-            module.sent = None
-        yield trainer.strategy.batch_to_device(prepared, dataloader_idx=0)
+        yield on_device(trainer, batch)
 
 
 def _batches(trainer: Trainer) -> Iterator[Mapping[str, Tensor]]:

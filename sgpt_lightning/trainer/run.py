@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.progress import PlanState, biases_of
 from sgpt_lightning.calibration.schedules import Calibration
 from sgpt_lightning.calibration.solving import check_everywhere, mean_error
@@ -25,7 +26,13 @@ from sgpt_lightning.trainer.logs import log_run
 from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.protocols import calibration_protocol, evaluation_protocols
 from sgpt_lightning.trainer.resume import BatchDigest, RunState, batches_on_device, check_same_text
-from sgpt_lightning.trainer.setup import check_dealt, count_tokens, rescue_places, warn_of_few_tokens
+from sgpt_lightning.trainer.setup import (
+    check_dealt,
+    count_tokens,
+    rescue_places,
+    validate_now,
+    warn_of_few_tokens,
+)
 
 
 class Run:
@@ -44,6 +51,8 @@ class Run:
         self._text = BatchDigest()
         self._summary: Mapping[str, Any] = {}
         self.stage_started = time.perf_counter()
+        self.measure_seconds = 0.0
+        """Of the last measurement."""
 
     @property
     def stages(self) -> int:
@@ -118,6 +127,19 @@ class Run:
         )
         self.stage_started = now
         return solved
+
+    def measure(
+        self, label: str, trainer: Trainer, pl_module: CausalLMModule, activations: Activations
+    ) -> dict[str, float]:
+        """Measure the model on the validation data, and keep the perplexities by data set; none without such data."""
+        started = time.perf_counter()
+        pl_module.measured_state = label
+        validate_now(trainer, activations)
+        measured = {name: measured.perplexity for name, measured in pl_module.measured.items()}
+        self.state.perplexity[label] = measured
+        self.measure_seconds = time.perf_counter() - started
+        self.state.seconds["evaluate"] += self.measure_seconds
+        return measured
 
     def record(
         self, trainer: Trainer, pl_module: CausalLMModule, recipe: Recipe, calibration: Mapping[str, Any]

@@ -18,11 +18,14 @@ from torch.utils.data import DistributedSampler
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts
+from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.ranks import Ranks, joined
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.report.run import REPORT_KEYS
 from sgpt_lightning.trainer.module import CausalLMModule
+from sgpt_lightning.trainer.offload import validate_by_block
 
 
 class IncompleteRunError(RuntimeError):
@@ -158,9 +161,15 @@ def count_tokens(trainer: Trainer) -> TokenCounts:
     return counts
 
 
-def validate_now(trainer: Trainer) -> None:
-    """Run the Trainer's validation loop in the middle of a fit, if there is anything to validate on."""
-    if trainer.enable_validation:
+def validate_now(trainer: Trainer, activations: Activations) -> None:
+    """Run the Trainer's validation loop in the middle of a fit, if there is anything to validate on.
+
+    A model whose blocks come to the device one at a time is measured block by block instead, without the loop.
+    """
+    module = trainer.lightning_module
+    if isinstance(module, CausalLMModule) and placement_of(network_of(module)).moves:
+        module.take_measured(validate_by_block(trainer, network_of(module), activations))
+    elif trainer.enable_validation:
         loop = trainer.fit_loop.epoch_loop.val_loop
         trainer.validating = True
         loop.setup_data()
