@@ -79,7 +79,7 @@ class CausalLMModule(LightningModule):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         resident: Residence = "dense",
-        offload: Offload = "auto",
+        offload: Offload = "none",
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in COMPUTE_DTYPES:

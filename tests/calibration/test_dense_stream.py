@@ -11,6 +11,7 @@ from test_calibration import run_all
 
 import sgpt_lightning.calibration.sequential
 import sgpt_lightning.calibration.solving
+import sgpt_lightning.models.placement
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.schedules import calibration_for
 from sgpt_lightning.core.solver import compress_linears
@@ -92,7 +93,7 @@ def test_each_group_is_solved_for_what_it_receives_and_compared_with_the_dense_m
 @pytest.mark.parametrize("parts", [{"alpha": 0.0}, {"alpha": 0.0, "stream_alpha": 0.5}])
 def test_without_alpha_no_dense_stream_is_kept(parts, solves, monkeypatch):
     refusing = SimpleNamespace(deepcopy=lambda *args: pytest.fail("a dense copy for nothing"))
-    monkeypatch.setattr(sgpt_lightning.calibration.sequential, "copy", refusing)
+    monkeypatch.setattr(sgpt_lightning.models.placement, "copy", refusing)
     compress(make_model("opt"), make_batches(2), Recipe(target_avg_bits=3.0, parts=parts))
     assert all(s.cross_moment is None and s.gap_moment is None for _, s, _ in solves)
 
