@@ -82,7 +82,7 @@ def test_perplexity_block_by_block_is_that_of_the_whole_model(family):
 @pytest.mark.parametrize(("free", "expected"), [(2**40, "none"), (10**5, "disk")])
 def test_auto_reads_from_files_what_would_not_fit(free, expected, dense, monkeypatch):
     monkeypatch.setattr(offload, "free_bytes", lambda device: free)
-    module = CausalLMModule(str(dense), seq_len=24)
+    module = CausalLMModule(str(dense), seq_len=24, offload="auto")
     module.configure_model()
     assert placement_of(module.network).moves == (expected == "disk")
     linear = module.network.model.decoder.layers[0].fc1
