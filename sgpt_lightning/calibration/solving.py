@@ -1,7 +1,6 @@
 """Solve linears with the statistics of their inputs, and write what will be stored back into the model."""
 
 import copy
-import hashlib
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import pack_weight, some_at_once, unpack_weights
 from sgpt_lightning.format.records import SolvedLinear, describe_linear
+from sgpt_lightning.models.identity import exact_digest
 from sgpt_lightning.models.linears import add_to_bias, set_weight_matrix, weight_matrix
 from sgpt_lightning.recipe import Recipe
 
@@ -232,12 +232,8 @@ def check_everywhere(linears: Mapping[str, nn.Module], ranks: Ranks, what: str) 
     """
     if ranks.size == 1:
         return
-    digest = hashlib.sha256()
-    for name, linear in linears.items():
-        for parameter in linear.state_dict().values():
-            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    ranks.check_same(digest.hexdigest(), what)
+    tensors = ((name, tensor) for name, linear in linears.items() for tensor in linear.state_dict().values())
+    ranks.check_same(exact_digest(tensors), what)
 
 
 def mean_error(solved: Iterable[SolvedLinear]) -> float | None:

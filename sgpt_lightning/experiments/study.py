@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.experiments.arms import Arm, Batches
 from sgpt_lightning.experiments.measure import measure_arm, measure_dense
 from sgpt_lightning.experiments.rows import DENSE, Journal, Row, package_version, row_key
 from sgpt_lightning.models.blocks import find_decoder_blocks
+from sgpt_lightning.models.identity import exact_digest
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.report.tables import format_duration
 from sgpt_lightning.text.windows import Windows, calibration_windows, evaluation_windows
@@ -117,7 +118,7 @@ class _Bench:
         self._setting, self._journal, self._say, self._total = setting, journal, say, total
         self._done, self._seconds = 0, [0.0]
         dense: Any = load_model(setting.model)
-        self._model = {"name": setting.model, "digest": model_digest(dense)}
+        self._model = {"name": setting.model, "digest": exact_digest(dense.state_dict().items())}
         self._dense = dense.to(setting.device)
         self.blocks = len(find_decoder_blocks(dense).blocks)
         tokenizer = load_tokenizer(setting.model)
@@ -212,15 +213,6 @@ def text_names(sources: Sequence[str]) -> dict[str, str]:
         raise ValueError(f"evaluation must name at least one text, none twice, got {', '.join(sources) or 'none'}")
     stems = [Path(source).stem for source in sources]
     return {stem if stems.count(stem) == 1 else source: source for stem, source in zip(stems, sources, strict=True)}
-
-
-def model_digest(model: nn.Module) -> str:
-    """Return a hash of all weights of a model and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _described(windows: Windows) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,15 @@ def weights_digest(model: nn.Module) -> str:
         sample = bits[:: max(len(bits) // _SAMPLE, 1)][:_SAMPLE].tolist()
         digest.update(repr((name, list(tensor.shape), str(tensor.dtype), total, sample)).encode())
     return digest.hexdigest()[:16]
+
+
+def exact_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 of named tensors: names, dtypes, shapes and all their bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _bits(tensor: Tensor) -> Tensor:
