@@ -8,8 +8,6 @@ by blocks, seconds by both. The block is then what it was before.
 Left out: what libraries, loggers and a Trainer take. On the CPU memory is that of the whole process, others' included.
 """
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from sgpt_lightning.calibration.sequential import KEPT_BYTES, SequentialCalibrat
 from sgpt_lightning.calibration.stages import Calibration
 from sgpt_lightning.checkpoint.contents import unpacked_contents
 from sgpt_lightning.evaluation.evaluate import add_batch
-from sgpt_lightning.evaluation.peak_memory import peak_memory
+from sgpt_lightning.evaluation.peak_memory import peak_memory, return_free_memory
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import evaluation_mode
@@ -116,9 +114,7 @@ class _Meter:
     def _settle(self) -> None:
         """Wait for the device, and give the system back what is free: else what was tried before would count twice."""
         self._wait()
-        if sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # of glibc
-            trim(0)
+        return_free_memory()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -4,8 +4,9 @@ On a GPU that is what torch's allocator held for tensors; on the CPU it is what 
 libraries included, which Linux alone tells and lets one start anew (`/proc/self/clear_refs`, man 5 proc).
 """
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -45,6 +46,12 @@ def peak_memory(device: torch.device | str) -> Iterator[PeakMemory]:
     peak.before = _resident_at_most() if starts_anew else None
     yield peak
     peak.nbytes = _resident_at_most() if starts_anew else None
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library keeps of the process's memory for later, where it is glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _start_anew() -> bool:

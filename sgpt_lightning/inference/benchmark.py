@@ -10,8 +10,6 @@ most in RAM above what it had before the model was loaded (Linux only), which in
 Left out: sampling, tokenizers, batches of unequal lengths, CUDA graphs.
 """
 
-import contextlib
-import ctypes
 import gc
 import inspect
 import platform
@@ -27,6 +25,7 @@ from torch import nn
 
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.reading import read_description
+from sgpt_lightning.evaluation.peak_memory import peak_memory, return_free_memory
 from sgpt_lightning.format.description import Residence
 from sgpt_lightning.format.directory import read_settled
 
@@ -163,12 +162,19 @@ def _warm(directory: str, dtype: torch.dtype, device: torch.device) -> None:
 def _measure(
     directory: str, resident: Residence, size: int, dtype: torch.dtype, device: torch.device, work: Workload
 ) -> Measured:
-    memory = _Memory(device)
-    model = load_model(directory, dtype=dtype, resident=resident).to(device)
-    memory.begin()
-    with torch.no_grad():
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_free_memory()
+    with peak_memory(device) as loading:
+        model = load_model(directory, dtype=dtype, resident=resident).to(device)
+    with peak_memory(device) as peak, torch.no_grad():
         speeds = tuple(speed for batch in work.batches for speed in _speeds(model, batch, device, work))
-    return Measured(resident, size, weight_bytes(model), memory.peak(), speeds)
+    most = None
+    if peak.nbytes is not None and loading.before is not None:
+        most = max(peak.nbytes - loading.before, 0)
+    return Measured(resident, size, weight_bytes(model), most, speeds)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -223,56 +229,6 @@ def _median(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class _Memory:
-    """What a model takes at most, from `begin` on, above what there was when this was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            _return_free_memory()
-        self.before = self._now()
-
-    def begin(self) -> None:
-        """Forget earlier peaks."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.before is not None:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int | None:
-        """Return the peak in bytes, None where it cannot be told."""
-        if self.before is None:
-            return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        most = _status("VmHWM")
-        return None if most is None else max(most - self.before, 0)
-
-    def _now(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _status("VmRSS")
-
-
-def _return_free_memory() -> None:
-    """Give the system back what the C library keeps for later, where it is glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _status(name: str) -> int | None:
-    """Return a figure of this process in bytes; None where there is no such file, as outside Linux."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return 1024 * int(found[0]) if found else None
 
 
 def slower(found: Benchmark) -> list[tuple[str, Speed, float]]:
