@@ -3,16 +3,13 @@
 Without pyplot, whose backend and open figures are the user's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 NO_PICTURE = "no picture: matplotlib is not installed (pip install 'sgpt-lightning[plots]')"
 COLORS = {"rival": "tab:gray", "ours": "tab:orange"}
-_SIZE, _PIXELS_AN_INCH = (8.0, 5.0), 110
+_WIDTH, _PIXELS_AN_INCH = 8.0, 110
 
 
 class Point(NamedTuple):
@@ -26,16 +23,18 @@ class Point(NamedTuple):
     """Perplexity."""
 
 
-def _blank() -> "tuple[Figure, Any] | None":
-    """Return a figure with one pair of axes; None without matplotlib."""
+def _write(path: Path, draw: Callable[[Any], None], height: float = 5.0) -> bool:
+    """Let a picture be drawn on a pair of axes, `height` inches high, and write it; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    figure = Figure(figsize=_SIZE, dpi=_PIXELS_AN_INCH, layout="constrained")
+        return False
+    figure = Figure(figsize=(_WIDTH, height), dpi=_PIXELS_AN_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    draw(figure.subplots())
+    figure.savefig(path, format="png")
+    return True
 
 
 def write_front(points: Sequence[Point], dense: float, text: str, path: Path, most_bits: float = 5.0) -> bool:
@@ -51,20 +50,18 @@ def write_front(points: Sequence[Point], dense: float, text: str, path: Path, mo
     Returns:
         Whether there is a picture; False without matplotlib.
     """
-    drawn = _blank()
-    if drawn is None:
-        return False
-    figure, axes = drawn
-    for family, color in COLORS.items():
-        shown = sorted((p.bits, p.value, p.name) for p in points if p.family == family and p.bits <= most_bits)
-        front = [point for point in shown if all(point[1] <= other[1] for other in shown if other[0] <= point[0])]
-        axes.plot([p[0] for p in front], [p[1] for p in front], "o-", color=color, label=f"{family}, best at its bits")
-        axes.scatter([p[0] for p in shown], [p[1] for p in shown], color=color, s=12, alpha=0.5)
-        for bits, value, name in front:
-            axes.annotate(name, (bits, value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=color)
-    _finish(axes, f"perplexity on {text}", dense)
-    figure.savefig(path, format="png")
-    return True
+
+    def draw(axes: Any) -> None:
+        for family, color in COLORS.items():
+            shown = sorted((p.bits, p.value, p.name) for p in points if p.family == family and p.bits <= most_bits)
+            front = [point for point in shown if all(point[1] <= other[1] for other in shown if other[0] <= point[0])]
+            axes.plot(*_columns([point[:2] for point in front]), "o-", color=color, label=f"{family}, best at its bits")
+            axes.scatter(*_columns([point[:2] for point in shown]), color=color, s=12, alpha=0.5)
+            for bits, value, name in front:
+                axes.annotate(name, (bits, value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=color)
+        _finish(axes, f"perplexity on {text}", dense)
+
+    return _write(path, draw)
 
 
 def write_curves(
@@ -81,15 +78,17 @@ def write_curves(
     Returns:
         Whether there is a picture; False without matplotlib.
     """
-    drawn = _blank()
-    if drawn is None:
-        return False
-    figure, axes = drawn
-    for name, points in curves.items():
-        axes.plot([bits for bits, _ in points], [value for _, value in points], "o-", label=name)
-    _finish(axes, label, dense)
-    figure.savefig(path, format="png")
-    return True
+
+    def draw(axes: Any) -> None:
+        for name, points in curves.items():
+            axes.plot(*_columns(points), "o-", label=name)
+        _finish(axes, label, dense)
+
+    return _write(path, draw)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [bits for bits, _ in points], [value for _, value in points]
 
 
 def _finish(axes: Any, label: str, dense: float | None) -> None:
@@ -113,15 +112,12 @@ def write_bars(bars: Mapping[str, tuple[float, float]], label: str, path: Path) 
     Returns:
         Whether there is a picture; False without matplotlib.
     """
-    drawn = _blank()
-    if drawn is None:
-        return False
-    figure, axes = drawn
-    figure.set_size_inches(_SIZE[0], max(2.0, 0.3 * len(bars) + 1))
-    values, spreads = [value for value, _ in bars.values()], [spread for _, spread in bars.values()]
-    axes.barh(list(bars), values, xerr=spreads, color="tab:orange", ecolor="black", capsize=3)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=label)
-    figure.savefig(path, format="png")
-    return True
+
+    def draw(axes: Any) -> None:
+        values, spreads = [value for value, _ in bars.values()], [spread for _, spread in bars.values()]
+        axes.barh(list(bars), values, xerr=spreads, color="tab:orange", ecolor="black", capsize=3)
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel=label)
+
+    return _write(path, draw, max(2.0, 0.3 * len(bars) + 1))
