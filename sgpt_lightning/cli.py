@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from sgpt_lightning.suggest import did_you_mean
+from sgpt_lightning.messages import did_you_mean
 
 STUDIES = ("compare", "ablate", "sweep", "selftest")
 COMMANDS = ("fit", "validate", "inspect", "export", "generate", "benchmark", *STUDIES)

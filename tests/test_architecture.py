@@ -15,7 +15,7 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 ROOMS = (
-    "arguments", "guards", "suggest", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
+    "arguments", "guards", "messages", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
     "packed", "checkpoint", "hf", "export", "text", "evaluation", "inference", "calibration", "sparsegpt",
     "experiments", "trainer", "cli", "__main__",
 )  # fmt: skip

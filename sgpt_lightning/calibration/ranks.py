@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sgpt_lightning.messages import told
+
 Value = TypeVar("Value")
 
 
@@ -117,7 +119,7 @@ class Ranks:
         except Exception as error:
             if self.size > 1:
                 with suppress(RankError):
-                    self.gather(_told(error))
+                    self.gather(told(error))
             raise
         if self.size == 1:
             return
@@ -140,7 +142,7 @@ class Ranks:
             if left := self._message():  # then this is an error of gloo or NCCL, in a collective of Lightning's
                 error.add_note(left)
             with suppress(RuntimeError):
-                self._store.set(_key(self.rank), _told(error))
+                self._store.set(_key(self.rank), told(error))
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group(self._group)
 
@@ -217,10 +219,6 @@ def _packed(value: object) -> bytes:
 def _unpacked(content: bytes) -> Any:
     """Return a value that another process of the same run packed."""
     return torch.load(io.BytesIO(content), weights_only=False)
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _key(rank: int) -> str:

@@ -21,6 +21,7 @@ from sgpt_lightning.format.description import CONFIG, GENERATION_CONFIG, Descrip
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight, check_sizes
 from sgpt_lightning.format.manifest import Manifest, check_files, read_manifest
+from sgpt_lightning.messages import told
 from sgpt_lightning.models.linears import is_conv1d
 
 MAX_BUFFER_BYTES = 16 << 20
@@ -192,8 +193,7 @@ def naming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} does not describe a model that can be built ({reason})") from error
+        raise CheckpointError(f"{path} does not describe a model that can be built ({told(error)})") from error
 
 
 @contextlib.contextmanager

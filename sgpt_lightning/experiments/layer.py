@@ -17,6 +17,7 @@ from sgpt_lightning.experiments.arms import Arm
 from sgpt_lightning.experiments.study import FAILURES
 from sgpt_lightning.experiments.tables import with_spread
 from sgpt_lightning.format.packing import pack_weight
+from sgpt_lightning.messages import told
 from sgpt_lightning.report.tables import format_table
 
 SHAPE, TOKENS = (256, 512), 4096
@@ -70,7 +71,7 @@ def _run(arm: Arm, weight: Tensor, statistics: InputStatistics, unseen: Tensor, 
         solution = arm.solve(weight, statistics, seed).solution
     except FAILURES as error:
         nan = float("nan")
-        return LayerRow(arm.name, seed, nan, nan, nan, nan, f"{type(error).__name__}: {error}")
+        return LayerRow(arm.name, seed, nan, nan, nan, nan, told(error))
     seconds = time.perf_counter() - started
     stored, bits = solution.weight(), 8 * pack_weight(solution).nbytes / weight.numel()
     lost = (unseen @ (stored - weight).T).square().sum() / (unseen @ weight.T).square().sum()

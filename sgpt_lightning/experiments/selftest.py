@@ -28,6 +28,7 @@ from sgpt_lightning.format.entropy import coded_size
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.records import LinearReport, describe_linear
 from sgpt_lightning.guards import own_random_state
+from sgpt_lightning.messages import told
 from sgpt_lightning.presets import Allocation
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.report.tables import format_table
@@ -110,7 +111,7 @@ def _run(name: str, check: Callable[[], str]) -> Check:
     try:
         said, passed = check(), True
     except (_Found, ImportError, *FAILURES) as error:
-        said, passed = str(error) if isinstance(error, _Found) else f"{type(error).__name__}: {error}", False
+        said, passed = str(error) if isinstance(error, _Found) else told(error), False
     return Check(name, said, passed, time.perf_counter() - started)
 
 

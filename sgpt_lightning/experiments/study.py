@@ -21,6 +21,7 @@ from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.experiments.arms import Arm, Batches
 from sgpt_lightning.experiments.measure import measure_arm, measure_dense
 from sgpt_lightning.experiments.rows import DENSE, Journal, Row, package_version, row_key
+from sgpt_lightning.messages import told
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.identity import exact_digest
 from sgpt_lightning.models.names import load_tokenizer
@@ -179,7 +180,7 @@ class _Bench:
         try:
             return measure_arm(arm, self._dense, batches, self._texts, seed, self._setting.blocks)
         except FAILURES as error:
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": told(error)}
 
     def _line(self, row: Row, *, kept: bool) -> str:
         parts = [f"[{self._done}/{self._total}] {row.arm}" + ("" if row.seed is None else f", seed {row.seed}")]

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgpt_lightning.format.directory import find_directory
+from sgpt_lightning.messages import did_you_mean
 from sgpt_lightning.models.hub import hub_help, require_hub
-from sgpt_lightning.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from sgpt_lightning.messages import did_you_mean, told
 from sgpt_lightning.models.hub import hub_help, require_hub
-from sgpt_lightning.suggest import did_you_mean
 
 Role = Literal["calibration", "evaluation"]
 
@@ -57,7 +57,7 @@ def _from_hub(column: str, repo: str, *args: str, **options: Any) -> Sequence[st
     try:
         dataset = datasets.load_dataset(repo, *args, **options)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ConnectionError(hub_help(wanted, f"{type(error).__name__}: {error}", REMEDY)) from error
+        raise ConnectionError(hub_help(wanted, told(error), REMEDY)) from error
     return Column(dataset, column)
 
 

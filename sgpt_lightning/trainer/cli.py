@@ -26,9 +26,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from sgpt_lightning.calibration.ranks import RankError
+from sgpt_lightning.messages import did_you_mean
 from sgpt_lightning.models.hub import silence_transformers
 from sgpt_lightning.recipe import Recipe
-from sgpt_lightning.suggest import did_you_mean
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
 from sgpt_lightning.trainer.dry_run import forecast_fit

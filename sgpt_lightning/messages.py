@@ -1,4 +1,4 @@
-"""The nearest known word, for errors about names: options, commands, models and data sets."""
+"""What messages are made of: the nearest known word, and another library's error in a line."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,3 +14,8 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def told(error: BaseException) -> str:
+    """Return an error's class and what it says, without the frames of C++ that torch appends."""
+    return f"{type(error).__name__}: {error}".partition("\nException raised from")[0]
