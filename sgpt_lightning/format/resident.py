@@ -30,6 +30,7 @@ and of coded weights, whose field is the code plus 2^(bits - 1),
 What a kernel does with them is in `kernels/matvec.py`; here is the reference, which is also what a CPU runs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +41,7 @@ from sgpt_lightning.core.solution import Coded, Pruned, Solution
 from sgpt_lightning.format import fields, survivors
 from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
-from sgpt_lightning.format.packing import pack_as, unpack_solution
+from sgpt_lightning.format.packing import pack_as, unpack_solutions
 from sgpt_lightning.format.planes import Run
 
 MOST_ROWS = 8
@@ -152,8 +153,13 @@ def reside(packed: PackedWeight, device: torch.device | str | None = None) -> Re
     Raises:
         ValueError: as `unpack_weight` does.
     """
-    there = packed if device is None else packed.to(device)
-    return lay_out(unpack_solution(there), there)
+    return reside_together([packed if device is None else packed.to(device)])[0]
+
+
+def reside_together(matrices: Sequence[PackedWeight]) -> list[Resident]:
+    """Bring packed weights into the form in memory, where they are, as `reside` does one; coded ones side by side."""
+    solved = unpack_solutions(matrices)
+    return [lay_out(solution, packed) for solution, packed in zip(solved, matrices, strict=True)]
 
 
 def lay_out(solution: Solution, packed: PackedWeight) -> Resident:

@@ -23,16 +23,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.load import fill_tables
 from sgpt_lightning.checkpoint.reading import (
-    blaming,
     check_counts,
     check_shapes,
     naming,
     read_description,
     read_headers,
+    some_together,
     take_packed,
 )
 from sgpt_lightning.format.description import CONFIG, RESIDENT, SHARD_INDEX, WEIGHT_FILE, Description, Residence
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError
+from sgpt_lightning.format.resident import reside_together
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.packed.modules import pack_model, packed_modules, tied_to_packed, unpack_model
@@ -157,10 +158,11 @@ class SgptQuantizer(HfQuantizer):
         mark_compressed(model)
         if self._resident == "dense":
             return self._dequantize(model)
-        for name, module in packed_modules(model).items() if self._resident == "packed" else ():
-            if module.holder is module:
-                with blaming(self._source.path / CONFIG, name):
-                    module.reside()
+        if self._resident == "packed":
+            modules, specs = packed_modules(model), self.description.packed
+            file = self._source.path / CONFIG
+            for name, form in some_together(reside_together, specs, lambda name: modules[name].packed_weight, file):
+                modules[name].reside(form)
         model.requires_grad_(False)  # or autograd keeps every weight that a forward unpacks
         self._source.remember(model)
         save_as_loaded(model, self._source)

@@ -86,13 +86,16 @@ class Packed(nn.Module):
         found = {name: tensor for name, tensor in self._buffers.items() if name.startswith(prefix)}
         return {name.removeprefix(IN_MEMORY): tensor for name, tensor in found.items() if tensor is not None}
 
-    def reside(self) -> None:
-        """Bring the file's tensors into the form of `format/resident.py`; for the holder of them.
+    def reside(self, form: Resident | None = None) -> None:
+        """Let the form of `format/resident.py` take the place of the file's tensors; for the holder of them.
+
+        Args:
+            form: what `reside` makes of the packed weight; None makes it here.
 
         Raises:
-            ValueError: they cannot be unpacked.
+            ValueError: the file's tensors cannot be unpacked.
         """
-        form = reside(self.packed_weight)
+        form = form or reside(self.packed_weight)
         self.drop_tensors()
         self.__dict__["_form"] = form.with_tensors({})
         for name, tensor in form.tensors.items():
