@@ -11,6 +11,7 @@ in the same place. Whatever it is called, this is where `transformers_weights` g
 import copy
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from sgpt_lightning.format.directory import MANIFEST, CheckpointError
 from sgpt_lightning.format.resident import reside_together
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
+from sgpt_lightning.models.hub import fetch_beside
 from sgpt_lightning.packed.modules import pack_model, packed_modules, tied_to_packed, unpack_model
 
 OF_A_MODEL = re.compile(rf"{WEIGHT_FILE.pattern}|{re.escape(SHARD_INDEX)}|(generation_)?config\.json")
@@ -65,6 +67,7 @@ class SgptQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._checked: Path | None = None
+        self._shown = time.time_ns()
         self._resident = ""
         self._source: Source | None = None
         self._ties: list[tuple[Any, str, Any]] = []
@@ -108,6 +111,7 @@ class SgptQuantizer(HfQuantizer):
         if not files or not all(WEIGHT_FILE.fullmatch(file.name) for file in files):
             raise ValueError(f"a compressed model is loaded from the files of its directory, got {files!r}")
         path = files[0].parent
+        fetch_beside(files[0], MANIFEST, self._shown)
         if (path / MANIFEST).is_file():
             names = {file.name for file in files}  # in the hub's cache the others need not be there
             self._check(path, names.__contains__)
