@@ -66,16 +66,20 @@ class Scale(NamedTuple):
         return torch.copysign(size, weight)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the values of codes, float32."""
+        """Return the values of codes, float32 in the shape of a matrix."""
+        return self.dequantize_(codes.clone())
+
+    def dequantize_(self, codes: Tensor) -> Tensor:
+        """Turn codes, float32 in the shape of a matrix, into their values in place; return them."""
         # Products and sums are separate operations: fused, their last bit would depend on the device.
         if self.kind == "zero-point":
-            return self.step * (codes - self.base)
+            return codes.sub_(self.base).mul_(self.step)
         if self.kind == "offset":
-            return (self.step * codes).add_(self.base)
+            return codes.mul_(self.step).add_(self.base)
         half = self.top + 1
         negative = codes >= half
-        magnitude = (self.step * (codes - negative * half)).add_(self.base)
-        return torch.where(negative, -magnitude, magnitude)
+        magnitude = codes.sub_(negative * half).mul_(self.step).add_(self.base)
+        return codes.copy_(torch.where(negative, -magnitude, magnitude))
 
 
 class Grid(NamedTuple):

@@ -36,13 +36,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.paths import MATVEC, UNPACK, with_kernels
-from sgpt_lightning.core.solution import Coded, Pruned, Solution
+from sgpt_lightning.core.paths import MATVEC, UNPACK, gets_kernels, with_kernels
+from sgpt_lightning.core.solution import Coded, Pruned, Quantized, Solution
 from sgpt_lightning.format import fields, survivors
 from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
+from sgpt_lightning.format.layings import BYTES, WORDS, Laying, laying_of
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_as, unpack_solutions
 from sgpt_lightning.format.planes import Run
+from sgpt_lightning.format.quickly import unpack_quickly
 
 MOST_ROWS = 8
 """Rows of x that `matvec` takes: with more, unpacking once and a matrix product are faster."""
@@ -76,8 +78,15 @@ class Resident:
         return replace(self, tensors=tensors)
 
     def to(self, device: torch.device | str) -> "Resident":
-        """Return the same weight on another device."""
-        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """Return the same weight on another device, laid as suits it."""
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors.items()}).suited()
+
+    def suited(self) -> "Resident":
+        """Return the same weight laid as suits the device where it is: itself, or laid out anew after a move."""
+        laid = self.runs and self.device.type != "meta"
+        if not laid or laying_of(self.tensors) is _suited(self.device):
+            return self
+        return lay_out(self._solution(None), PackedWeight(self.spec, fields.grid_in_file(self.spec, self._floats())))
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the whole matrix, `[out_features, in_features]`, bit for bit what `unpack_weight` returns.
@@ -85,14 +94,18 @@ class Resident:
         Args:
             dtype: what float32 is rounded to in the end.
         """
-        if not has_kernels(self.spec):
+        if not self._has_kernels():
             return self._reference(dtype)
         parts = self.spec, self.runs, self._floats()
         family = family_of(self.spec, UNPACK)
         return with_kernels(self.device, family, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
 
+    def _has_kernels(self) -> bool:
+        return has_kernels(self.spec) and laying_of(self.tensors) is WORDS
+
     def _reference(self, dtype: torch.dtype) -> Tensor:
-        return self._solution(None).weight().to(dtype)
+        weight = unpack_quickly(self.spec, self.runs, self._floats())
+        return (self._solution(None).weight() if weight is None else weight).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return some rows, float32 `[n, in_features]`, bit for bit `weight()[index]`; no others are unpacked.
@@ -116,7 +129,7 @@ class Resident:
                 f"x must be [n, in_features] with n <= {MOST_ROWS} and in_features = {self.spec.shape[1]}, "
                 f"got {list(x.shape)}"
             )
-        if not has_kernels(self.spec) or not len(x):
+        if not self._has_kernels() or not len(x):
             return self._multiplied(x)
         parts = self.spec, self.runs, self._floats()
         family = family_of(self.spec, MATVEC)
@@ -165,16 +178,24 @@ def reside_together(matrices: Sequence[PackedWeight]) -> list[Resident]:
 def lay_out(solution: Solution, packed: PackedWeight) -> Resident:
     """Bring a solved matrix into the form in memory, where it is; of `packed`, a coded one needs the specification."""
     runs: tuple[Run, ...] = ()
-    if isinstance(solution, Coded):
-        runs, tensors = fields.of_coded(solution)
-    elif packed.spec.layout != "dense":
-        runs, tensors = survivors.of_masked(solution, packed)
-    elif isinstance(solution, Pruned):
+    if isinstance(solution, Pruned) and packed.spec.layout == "dense":
         tensors = {"values": solution.values}
     else:
-        runs, tensors = fields.of_quantized(solution, packed)
+        laying = _suited(solution.codes.device if not isinstance(solution, Pruned) else solution.values.device)
+        if isinstance(solution, Coded):
+            runs, tensors = fields.of_coded(solution, laying)
+        elif packed.spec.layout != "dense":
+            runs, tensors = survivors.of_masked(solution, packed, laying)
+        else:
+            assert isinstance(solution, Quantized)
+            runs, tensors = fields.of_quantized(solution, packed, laying)
     floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
     return Resident(packed.spec, runs, floats, {name: _bits(tensor).contiguous() for name, tensor in tensors.items()})
+
+
+def _suited(device: torch.device) -> Laying:
+    """Return how fields shall lie on a device: in words where kernels read them, else in bytes."""
+    return WORDS if gets_kernels(device) else BYTES
 
 
 def _bits(tensor: Tensor) -> Tensor:

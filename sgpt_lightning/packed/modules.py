@@ -126,6 +126,9 @@ class Packed(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        form = self.resident
+        if form is not None and self.holder is self and (suited := form.suited()) is not form:
+            self.reside(suited)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
