@@ -217,9 +217,14 @@ def _set_apart(codes: Tensor, tensors: dict[str, Tensor], index: Tensor | None) 
 
 def set_values_apart(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """Put the values of codes that are apart into a matrix, `[out_features, in_features]`, in place; return it."""
-    at, columns = tensors["apart_at"].long(), weight.shape[1]
-    row, place = at // columns, at % columns
-    column = place if "order" not in tensors else tensors["order"][place].long()
-    value = tensors["apart"].float() * tensors["column_factors"][place] * tensors["row_factors"][row]
-    weight[row, column] = value.to(weight.dtype)
+    at, columns = tensors["apart_at"], weight.shape[1]
+    row = at // columns
+    place = at - row * columns
+    factors = (tensors[name].index_select(0, of) for name, of in (("column_factors", place), ("row_factors", row)))
+    value = tensors["apart"].float()
+    for factor in factors:
+        value *= factor
+    if "order" in tensors:
+        at = row * columns + tensors["order"][place.long()]
+    weight.view(-1).index_copy_(0, at.long(), value.to(weight.dtype))
     return weight

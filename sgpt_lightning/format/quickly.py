@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from sgpt_lightning.core.grids import Grid, Scale
 from sgpt_lightning.format.fields import block_of, set_values_apart
-from sgpt_lightning.format.layings import BYTE, BYTES, lift_bytes
+from sgpt_lightning.format.layings import BYTE, BYTES, bits_of, lift_bytes
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.planes import Run
 from sgpt_lightning.format.survivors import Mask, kept_of, stream_of
@@ -98,8 +98,10 @@ def _scale(spec: WeightSpec, runs: tuple[Run, ...], number: int, tensors: dict[s
     span, origin = tensors["span"][rows], tensors["origin"][rows]
     grid = Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
     if spec.group_size is not None:
-        columns = torch.arange(spec.shape[1], device=span.device) // spec.group_size
-        return grid.at(run.bits, columns if by_rows else columns[channels])
+        scale = grid.at(run.bits)
+        wide = (part.repeat_interleave(spec.group_size, 1)[:, : spec.shape[1]] for part in (scale.step, scale.base))
+        step, base = (part if by_rows else part[:, channels] for part in wide)
+        return scale._replace(step=step, base=base)
     # Without groups, columns of one width are a segment, narrowest first.
     segment = 0 if by_rows or spec.grid == "zero-point" else len(runs) - 1 - number
     return grid.at(run.bits, slice(segment, segment + 1))
@@ -141,10 +143,7 @@ def _planes(mask: Tensor) -> tuple[Tensor, Tensor]:
         1 for each survivor, uint8 `[8, rows, bytes]`, and the number of each weight, or of the next one that survives,
         among the survivors, int32 like it.
     """
-    keep = torch.empty(BYTE, *mask.shape, dtype=torch.uint8, device=mask.device)
-    for bit in range(BYTE):
-        torch.bitwise_right_shift(mask, bit, out=keep[bit])
-    keep.bitwise_and_(1)
+    keep = bits_of(mask)
     before = torch.empty_like(keep)  # in its byte
     before[0] = 0
     for bit in range(1, BYTE):

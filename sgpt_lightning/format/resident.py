@@ -31,7 +31,7 @@ What a kernel does with them is in `kernels/matvec.py`; here is the reference, w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Resident:
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> "Resident":
         """Return the same weight with tensors that were moved, all of them, by name: a module's buffers."""
-        return replace(self, tensors=tensors)
+        return Resident(self.spec, self.runs, self.floats, tensors)
 
     def to(self, device: torch.device | str) -> "Resident":
         """Return the same weight on another device, laid as suits it."""

@@ -111,11 +111,9 @@ class Packed(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """Return the product with a few rows on a GPU, without the bias; None where it is to be taken otherwise."""
-        form = self.resident
         few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and x.dtype in QUICK_DTYPES and not x.requires_grad
-        if form is None or not few or not on_gpu(x):
-            return None
-        return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        form = self.resident if few and on_gpu(x) else None
+        return None if form is None else form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move the stored tensors as others, but never cast them: `model.half()` is about how to compute."""
