@@ -4,17 +4,22 @@ The file's form (`packing.py`) has the fewest bytes; this one has as many, save 
 so that a product can be taken straight from it. Coded weights, which nothing but their decoder can read, are decoded
 once into codes of just enough bits. `stored` gives the file's bytes back.
 
+Codes lie in words of 32 bits where kernels read them, and in bytes where a CPU does, which unpacks the whole matrix for
+each product (`quickly.py`); a weight that moves is laid out anew. `planes.py` and `layings.py` draw both.
+
 Channels of one width are a run; runs lie one behind the other, the widest first. The tensors, all of them of whole
 numbers so that `module.half()` leaves them alone (floats are kept as their bits):
 
     words         int32   codes. Without a mask, rows of fields, as `planes.py` draws them. With a mask, the survivors
                           of each run, row by row and within a row lane by lane, without gaps; a run starts on a word
+    bytes         uint8   in the place of `words`: rows of fields as `layings.py` draws them. With a mask, the survivors
+                          of each run, row by row and within a row byte by byte of the mask, laid as one row
     order         int16   the channels in the order of the runs, int32 where there are more than 2^15; absent where
                           there is one run
     span, origin          `weight_range` and `weight_offset` or `weight_zero_point`
     widths        uint8   `weight_widths`
-    mask          int32   `bitmap`: per run and row a bit for each column, lane by lane, from a word on; `pattern`: per
-                          row the ranks of the groups as fields, survivors then lie in the order of their columns
+    mask          int32   `bitmap`: per run and row fields of a bit; `pattern`: per row the ranks of the groups as
+                          fields, survivors then lie in the order of their columns; uint8 where codes are in bytes
     starts        int32   per run and row how many survivors of the run lie before; absent for a `pattern` of one run
     values                in the place of `words` where nothing is quantized; `[out_features, in_features]` without mask
 
@@ -27,7 +32,7 @@ and of coded weights, whose field is the code plus 2^(bits - 1),
     apart         int32   the codes that stand there
     apart_tiles   int32   how many of them lie before row 0, 16, 32, ... and in all
 
-What a kernel does with them is in `kernels/matvec.py`; here is the reference, which is also what a CPU runs.
+What a kernel does with them is in `kernels/matvec.py`; here is the reference.
 """
 
 from collections.abc import Sequence

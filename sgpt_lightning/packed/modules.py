@@ -116,7 +116,7 @@ class Packed(nn.Module):
         return None if form is None else form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
-        """Move the stored tensors as others, but never cast them: `model.half()` is about how to compute."""
+        """Move packed tensors as others, but never cast them: `model.half()` is about how to compute."""
         stored = self.tensors(STORED)
         super()._apply(fn, recurse)
         for name, before in stored.items():
