@@ -22,6 +22,7 @@ from sgpt_lightning.format.directory import MANIFEST, CheckpointError, read_sett
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
 from sgpt_lightning.format.manifest import Manifest, check_files, read_manifest
 from sgpt_lightning.format.packing import some_at_once
+from sgpt_lightning.guards import one_thread
 from sgpt_lightning.messages import told
 from sgpt_lightning.models.linears import is_conv1d
 
@@ -226,7 +227,8 @@ def some_together(
     """
     for names in some_at_once({name: PackedWeight(spec, {}) for name, spec in specs.items()}):
         try:
-            made = work([weight_of(name) for name in names])
+            with one_thread():  # decoding is numpy's work, in steps
+                made = work([weight_of(name) for name in names])
         except ValueError:
             for name in names:
                 with blaming(file, name):

@@ -12,7 +12,7 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sgpt_lightning.checkpoint.reading import (
 )
 from sgpt_lightning.format.description import CONFIG, RESIDENT, SHARD_INDEX, WEIGHT_FILE, Description, Residence
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError
+from sgpt_lightning.format.packing import unpack_weights
 from sgpt_lightning.format.resident import reside_together
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
@@ -160,11 +161,12 @@ class SgptQuantizer(HfQuantizer):
             fill_tables(model, self._source.read_tables(model))
         model.config.__dict__.pop("transformers_weights", None)
         mark_compressed(model)
+        modules, specs = packed_modules(model), self.description.packed
+        file = self._source.path / CONFIG
         if self._resident == "dense":
-            return self._dequantize(model)
+            weights = some_together(unpack_weights, specs, lambda name: modules[name].packed_weight, file)
+            return self._dequantize(model, unpacked=weights)
         if self._resident == "packed":
-            modules, specs = packed_modules(model), self.description.packed
-            file = self._source.path / CONFIG
             for name, form in some_together(reside_together, specs, lambda name: modules[name].packed_weight, file):
                 modules[name].reside(form)
         model.requires_grad_(False)  # or autograd keeps every weight that a forward unpacks
@@ -172,9 +174,11 @@ class SgptQuantizer(HfQuantizer):
         save_as_loaded(model, self._source)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: Any, dtype: torch.dtype | None = None, unpacked: Iterable[tuple[str, torch.Tensor]] | None = None
+    ) -> nn.Module:
         """Make an ordinary model of it, in the dtype that it computes in."""
-        unpack_model(model)
+        unpack_model(model, unpacked)
         for part, attribute, keys in self._ties:
             setattr(part, attribute, keys)
         model.config.__dict__.pop("_is_quantized", None)

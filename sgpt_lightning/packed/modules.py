@@ -18,7 +18,7 @@ autograd keeps the weight that was unpacked for it.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Packed(nn.Module):
         form = self.resident
         rounded = self.compute_dtype if self.compute_dtype in QUICK_DTYPES else torch.float32
         matrix = unpack_weight(self.packed_weight) if form is None else form.weight(rounded)
-        return self._formed(matrix).to(self.compute_dtype).contiguous()
+        return self.formed(matrix)
 
     def veil(self, veiled: bool) -> None:
         """Let `weight` be a tensor without memory, or no longer: for code that initializes what was not loaded."""
@@ -105,6 +105,18 @@ class Packed(nn.Module):
         """Let go of the packed weight."""
         for name in [name for name in self._buffers if name.startswith((STORED, IN_MEMORY))]:
             del self._buffers[name]
+
+    def drop_for(self, weight: nn.Parameter | None) -> None:
+        """Become the dense module again, with a weight in the place of the packed one."""
+        self.drop_tensors()
+        for name in ("spec", "compute_dtype", "_owner", "_form", "_veiled"):
+            self.__dict__.pop(name, None)
+        self.__class__ = self.__dict__.pop("dense_class")
+        self.register_parameter("weight", weight)
+
+    def formed(self, matrix: Tensor) -> Tensor:
+        """Return float32 `[out_features, in_features]` in the dtype and the form that the dense module has."""
+        return self._formed(matrix).to(self.compute_dtype).contiguous()
 
     def _formed(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -237,17 +249,22 @@ def pack_model(model: nn.Module, packed: Mapping[str, PackedWeight], aliases: Ma
         pack_module(model.get_submodule(alias), packed[owner], model.get_submodule(owner))
 
 
-def unpack_model(model: nn.Module) -> None:
-    """Turn the packed modules of a model into dense ones, in place, one by one; tied ones share a parameter again."""
-    owners = {module: module.holder for module in packed_modules(model).values()}
-    for module in sorted(owners, key=lambda module: owners[module] is not module):  # owners first
-        owner = owners[module]
-        weight = nn.Parameter(module.weight, requires_grad=False) if owner is module else owner._parameters["weight"]
-        module.drop_tensors()
-        for name in ("spec", "compute_dtype", "_owner", "_form", "_veiled"):
-            module.__dict__.pop(name, None)
-        module.__class__ = module.__dict__.pop("dense_class")
-        module.register_parameter("weight", weight)
+def unpack_model(model: nn.Module, unpacked: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    """Turn the packed modules of a model into dense ones, in place, one by one; tied ones share a parameter again.
+
+    Args:
+        model: the model.
+        unpacked: the weights of the modules that hold one, by their names, float32 `[out_features, in_features]`; None
+            unpacks one after the other.
+    """
+    modules = packed_modules(model)
+    tied = {name: module.holder for name, module in modules.items() if module.holder is not module}
+    holders = ((name, None) for name in modules.keys() - tied.keys()) if unpacked is None else unpacked
+    for name, matrix in holders:
+        module = modules[name]
+        module.drop_for(nn.Parameter(module.weight if matrix is None else module.formed(matrix), requires_grad=False))
+    for name, owner in tied.items():
+        modules[name].drop_for(owner._parameters["weight"])
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

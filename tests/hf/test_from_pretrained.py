@@ -179,9 +179,10 @@ def test_text_is_generated_as_the_dense_model_does_alone_and_in_a_pipeline(tmp_p
 
 
 def test_coded_weights_are_decoded_side_by_side_and_a_load_lets_go_of_their_bytes(forms, monkeypatch):
-    decoded, stored = [], []
+    decoded, stored, threads = [], [], []
 
     def watched(matrices):
+        threads.append(torch.get_num_threads())
         gc.collect()
         assert not [reference for reference in stored if reference() is not None]  # those of the last call
         stored.extend(weakref.ref(packed.tensors["weight_stream"]) for packed in matrices)
@@ -197,3 +198,7 @@ def test_coded_weights_are_decoded_side_by_side_and_a_load_lets_go_of_their_byte
     load(forms[0] / "opt-coded")
     assert sum(decoded) == len(weights)
     assert max(decoded) < len(weights)
+    torch.set_num_threads(3)
+    load(forms[0] / "opt-coded")
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == 3
