@@ -28,7 +28,7 @@ def received(windows: torch.Tensor) -> torch.Tensor:
     return torch.cat(inputs)
 
 
-seen = received(calibration_windows("python-docs", tokenizer, seq_len=128, num_samples=32, seed=0).ids)
+seen = received(calibration_windows("python-docs", tokenizer, seq_len=128, num_samples=16, seed=0).ids)
 unseen = received(evaluation_windows("python-docs", tokenizer, seq_len=128, eval_windows=16).ids)
 outputs = unseen @ dense.T
 

@@ -135,6 +135,7 @@ class ChannelBits:
 
     def fields(self, quantizer: Quantizer | None, target: float | None, method: Allocation) -> dict[str, Any]:
         """Return a recipe's fields for what the quantizer and the arguments of a solve ask for together."""
+        self._check_quantizer(quantizer)
         if quantizer is None:
             return {"target_avg_bits": None}
         self.check_shares(target, method)
@@ -173,9 +174,16 @@ class ChannelBits:
                 "importance, widths or shares, because zeros and bits come out of the solve for target_avg_bits; got "
                 f"{', '.join(wrong)}"
             )
+        self._check_quantizer(quantizer)
         if target is None and quantizer is not None:
             target = quantizer.bits
         return {"target_bits_per_weight": DEFAULT_TARGET_AVG_BITS if target is None else target}
+
+    def _check_quantizer(self, quantizer: object) -> None:
+        """Raise TypeError for another program's quantizer, such as that of the published `quant.py`."""
+        if quantizer is not None and not isinstance(quantizer, Quantizer):
+            kind = f"{type(quantizer).__module__}.{type(quantizer).__qualname__}"
+            raise TypeError(f"{self.name}: quantizer must be a sgpt_lightning.Quantizer or None, got {kind}")
 
     def unused(self, quantizer: Quantizer | None, target: float | None, method: Allocation) -> str | None:
         """Say which of the settings do nothing in a solve with fixed widths, and why; None if all of them count."""

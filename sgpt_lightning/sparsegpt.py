@@ -61,8 +61,8 @@ class SparseGPT:
             a name that is left out keeps its default.
         widths: bit widths to deal to the channels, ascending; None takes 2, 3, 4, 6 and 8.
         shares: for `quantile`, the fraction of the channels at each width, ascending like these and with the sum 1: cut
-            points .2, .4, .6, .8 are `(.2, .2, .2, .2, .2)`. They fix the mean, here 4.6 bits, so `target_avg_bits` is
-            then left out. Without them the cuts move until the mean is the one that was asked for.
+            points .2, .4, .6, .8 are `(.2, .2, .2, .2, .2)`. They fix the mean over channels (4.6; higher over the
+            weights that survive), so leave out `target_avg_bits`. Without shares the cuts move to meet the target.
         verbose: print a line per solve: name, channels per width, mean bits, zeros, relative output error, seconds.
 
     Raises:

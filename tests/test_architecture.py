@@ -32,6 +32,7 @@ FORBIDDEN = (
     ("inference", {"lightning", "safetensors", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
+    ("quant", {"lightning", "transformers"}),
     ("sparsegpt", {"lightning", "transformers"}),
     ("experiments", {"lightning", "safetensors", "jsonargparse"}),
 )

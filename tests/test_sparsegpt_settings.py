@@ -301,6 +301,14 @@ def test_settings_that_do_nothing_are_named_in_a_warning(case):
     assert (solver.report.mean_bits is None) == (bits is None)
 
 
+@pytest.mark.parametrize("coding", ["fixed", "entropy"])
+def test_the_quantizer_of_another_program_is_refused_by_name(coding):
+    solver = SparseGPT(*make_layer()[:1], "fc1")
+    solver.quantizer = nn.Identity()
+    with pytest.raises(TypeError, match=r"fc1: quantizer must be .*Quantizer or None, got torch\.nn\..*Identity"):
+        solver.fasterprune(0, coding=coding)
+
+
 def test_entropy_coding_refuses_what_deals_widths():
     solver = solver_of(*make_layer(), widths=(2, 4), shares=(0.5, 0.5))
     with pytest.raises(ValueError, match=r"fc1: coding='entropy' takes .*; got widths, shares$"):
