@@ -125,10 +125,7 @@ def _solved_or_rounded(
     has_bias: bool,
     coded_size: CodedSize | None,
 ) -> list[CompressedLinear]:
-    """Solve linears together; where that fails and the recipe allows it, each alone, or else round it plainly.
-
-    No function within another: one that calls itself would keep the Hessian until the garbage is collected.
-    """
+    """Solve linears together; where that fails and the recipe allows it, each alone, or else round it plainly."""
     try:
         return _solved(linears, inputs, recipe, storage_dtype, has_bias, coded_size)
     except (HessianError, SolveError) as error:
