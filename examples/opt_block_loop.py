@@ -14,14 +14,14 @@ from sgpt_lightning.text.windows import calibration_windows, evaluation_windows
 
 model: Any = load_model("opt-mini")  # or a model directory, or a hub id
 tokenizer = load_tokenizer("opt-mini")
-seen = calibration_windows("python-docs", tokenizer, seq_len=128, num_samples=16, seed=0).ids
-unseen = evaluation_windows("python-docs", tokenizer, seq_len=128, eval_windows=16).ids
+seen = calibration_windows("python-docs", tokenizer, seq_len=128, num_samples=16, seed=0).ids.split(4)
+unseen = evaluation_windows("python-docs", tokenizer, seq_len=128, eval_windows=8).ids
 before = evaluate(model, unseen)
-model.config.use_cache = False  # or every call of a block below would attend to the windows before it
+model.config.use_cache = False  # or every call of a block below would attend to the batches before it
 blocks = model.model.decoder.layers
 
-hidden: list[torch.Tensor] = []  # what the next block receives, one entry a window
-options: dict[str, Any] = {}  # masks and the like, the same for all blocks and windows
+hidden: list[torch.Tensor] = []  # what the next block receives, one entry a batch
+options: dict[str, Any] = {}  # masks and the like, the same for all blocks and batches
 
 
 def catch(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -31,8 +31,8 @@ def catch(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, 
 
 
 handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-for window in seen:
-    model(window[None])
+for batch in seen:
+    model(batch)
 handle.remove()
 
 solved = {}
