@@ -94,6 +94,24 @@ class QuantizationStats:
         print(self.summary())
 
 
+def solve_line(linear: LinearReport, seconds: float) -> str:
+    """Say on one line what a solve made of one layer.
+
+    Channels per width are input channels, or output channels for the allocation `rows`; of entropy-coded ones, bits are
+    rounded to whole ones.
+
+    Args:
+        linear: its report.
+        seconds: that the solve took.
+    """
+    parts = [f"zeros {linear.sparsity:.1%}", f"{linear.bits_per_weight:.2f} bits/weight"]
+    if linear.mean_bits is not None:
+        widths = " ".join(f"{bits} bit({count})" for bits, count in linear.bits_histogram.items())
+        parts = [widths, f"mean {linear.mean_bits:.2f} bits", *parts]
+    parts.append("error unknown" if linear.relative_error is None else f"error {linear.relative_error:.4f}")
+    return f"[{linear.name or 'unnamed'}] {' | '.join([*parts, f'{seconds:.2f} s'])}"
+
+
 def _free_name(name: str, taken: set[str]) -> str:
     """Return the name, or the first of `name #2`, `name #3`, ... that is not taken."""
     candidates = itertools.chain([name], (f"{name} #{count}" for count in itertools.count(2)))
