@@ -5,7 +5,8 @@
 Codes of a fixed width take the same bytes whatever they say, so weights at random will do, and all blocks being of one
 shape, one block is solved and its packed tensors are written once for each. That is the whole file to the byte where
 every channel has the same width. Where widths are dealt to channels, and where embeddings are entropy-coded, another
-model's bytes differ by what a budget leaves over: 0.1 % at most in four other draws, one of very unequal channels.
+model's bytes differ by what a budget leaves over: for the linears of a block 0.1 % at most in four other draws, one of
+very unequal channels; opt-mini's trained tables take 7.998 of 8 bits.
 
 A file is what `sgpt fit` calls `sgpt.safetensors`. MB are 10^6 bytes.
 """
@@ -70,7 +71,8 @@ def dense_parameters(config: Any) -> int:
 
 def solve(model: nn.Module, recipe: Recipe) -> dict[str, SolvedLinear]:
     """Compress a model in place on random tokens; return what is stored, by the full name of linear or embedding."""
-    tokens = torch.randint(3, int(model.config.vocab_size), TOKENS, generator=torch.Generator().manual_seed(0))
+    config: Any = model.config
+    tokens = torch.randint(3, config.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
     return compress(model, [{"input_ids": tokens}], recipe, storage_dtype=torch.float16)
 
 
@@ -101,7 +103,7 @@ def file_bytes(model: nn.Module, solved: Mapping[str, SolvedLinear], blocks: int
 def size_table(config: Any) -> str:
     """Return the sizes of all rows as a Markdown table, for a config's shape."""
     parameters, blocks = dense_parameters(config), int(config.num_hidden_layers)
-    cells = [
+    cells: list[tuple[str, ...]] = [
         ("fp32", "32.00", _mb(4 * parameters), "", "500"),
         ("fp16", "16.00", _mb(2 * parameters), "", ""),
     ]

@@ -71,9 +71,7 @@ def run_readme(directory: Path) -> list[Run]:
     return run_commands(commands("sgpt"), directory, CUT)
 
 
-def run_commands(
-    arguments: Sequence[Sequence[str]], directory: Path, cut: Mapping[str, Sequence[object]]
-) -> list[Run]:
+def run_commands(arguments: Sequence[Sequence[str]], directory: Path, cut: Mapping[str, Sequence[object]]) -> list[Run]:
     """Run commands of `sgpt` in order, in a directory that gets `configs/` and where `runs/` is made.
 
     Args:

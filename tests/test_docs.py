@@ -1,8 +1,9 @@
-"""Both pages of docs/ say the same, what they say to type runs, and every name in them exists or is said to be theirs."""
+"""The two pages of docs/ say the same, what they say to type runs, and what they name exists or is theirs."""
 
 import ast
 import contextlib
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -123,7 +124,7 @@ def test_python_blocks_run_one_after_another_and_save_a_model(namespace):
 def test_commands_run_in_order(two_blocks, tiny, texts, tmp_path, monkeypatch):
     calibration, held_out = map(str, texts)
     small = ["--model", tiny, "--calibration", calibration, "--evaluation", held_out, "--device", "cpu"]
-    studies = dict.fromkeys(("compare", "ablate", "sweep"), [*small, "--windows", 3, "--seeds", 0])
+    studies = {name: [*small, "--windows", 3, "--seeds", 0] for name in ("compare", "ablate", "sweep")}
     scores, parts = ablate.score_arms()[:2], ablate.part_arms()[:2]
     monkeypatch.setattr(compare, "LAYER_SEEDS", (0,))
     monkeypatch.setattr(compare, "ARMS", compare.ARMS[:2])
@@ -135,7 +136,10 @@ def test_commands_run_in_order(two_blocks, tiny, texts, tmp_path, monkeypatch):
     printed = {run.command[1]: run.out for run in runs}
     assert list(printed) == ["selftest", "compare", "fit", "inspect", "ablate", "sweep", "benchmark"]
     assert "checks passed" in printed["selftest"]
-    assert "| budget" in printed["inspect"] or "budget |" in printed["inspect"]
+    recipe = json.loads((tmp_path / "runs/settings/sgpt_manifest.json").read_text())["run"]["recipe"]
+    assert (recipe["allocation"], recipe["widths"]) == ("budget", [2, 3, 4, 5, 6, 8])
+    assert [recipe["importance"][name] for name in ("activation", "hessian", "weight")] == [0.3, 0.2, 0.15]
+    assert "model.decoder.layers.1.fc2" in printed["inspect"]
     assert "packed is " in printed["benchmark"]
     for name in studies:
         assert (tmp_path / "runs" / name / "figure.png").is_file()
@@ -184,6 +188,8 @@ def is_expression_of(code, names):
     if isinstance(tree.body[0], ast.Assign):  # a keyword, such as `coding="entropy"`
         return tree.body[0].targets[0].id in words()
     known = names | {name: getattr(names["gpt"], name) for name in ("fasterprune", "free")}
+    if {node.id for node in ast.walk(tree.body[0].value) if isinstance(node, ast.Name)} - set(known):
+        return False
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = eval(ast.unparse(node.func), dict(known))
@@ -216,14 +222,16 @@ def test_every_name_in_the_text_exists_here_or_is_one_of_theirs(namespace, optio
 
 
 def test_the_check_of_names_finds_what_does_not_exist(namespace, options):
-    wrong = ["sgpt fot", "sgpt fit --recipe", "--sgpt.recipe.sparsty", "examples/none.py", "make love", "Sparse", "gpt.go",
-             "gpt.fasterprune(bits=3)", "from sgpt_lightning import SparseGPT, Nothing", "colour=3"]  # fmt: skip
+    wrong = [
+        "sgpt fot", "sgpt fit --recipe", "--sgpt.recipe.sparsty", "examples/none.py", "make nothing", "Sparse",
+        "gpt.go", "gpt.fasterprune(bits=3)", "from sgpt_lightning import SparseGPT, Nothing", "colour=3",
+    ]  # fmt: skip
     for code in wrong:
         with contextlib.suppress(ImportError, AttributeError):
             assert not exists(code, namespace, options), code
 
 
-# ------------------------------------------------------------------------------------------------ figures and their source
+# ------------------------------------------------------------------------------------------ figures and their source
 
 
 def test_the_comparison_that_is_quoted_is_the_readmes():
@@ -239,40 +247,40 @@ def size_rows(page):
 
 
 def test_sizes_of_opt_125m_are_what_its_shape_makes():
-    """The oracle is arithmetic: a bit a weight for the mask, 4 for each survivor, 3 bytes a row, the rest in float16."""
-    hidden, inner, blocks_, words_, positions = 768, 3072, 12, 50272, 2050
-    linears = 4 * hidden**2 + 2 * hidden * inner
-    rows = 5 * hidden + inner
-    beside = blocks_ * (rows + 4 * hidden) + 2 * hidden + (words_ + positions) * hidden
-    parameters = blocks_ * linears + beside
+    """The oracle is arithmetic: a bit a weight for the mask, 4 a survivor, 3 bytes a row, the rest in float16."""
+    hidden, inner, layers, words, positions = 768, 3072, 12, 50272, 2050
+    linears, rows, embeddings = 4 * hidden**2 + 2 * hidden * inner, 5 * hidden + inner, (words + positions) * hidden
+    beside = layers * (rows + 4 * hidden) + 2 * hidden + embeddings
+    dense, coded = layers * linears + beside, linears * 3 / 8 + 3 * rows
+    expected = {
+        "fp32": (32, 4 * dense),
+        "fp16": (16, 2 * dense),
+        "50 %, not quantized": (9, layers * linears * 9 / 8 + 2 * beside),
+        "50 % + 4 bit": (8 * coded / linears, layers * coded + 2 * beside),
+    }
     table, _ = size_rows(EN)
     assert size_rows(ZH) == size_rows(EN)
-    expected = {
-        "fp32": (32, 4 * parameters), "fp16": (16, 2 * parameters),
-        "50 %, not quantized": (9, blocks_ * linears * 9 / 8 + 2 * beside),
-        "50 % + 4 bit": (8 * (linears * 3 / 8 + 3 * rows) / linears, blocks_ * (linears * 3 / 8 + 3 * rows) + 2 * beside),
-    }  # fmt: skip
     for name, (bits, nbytes) in expected.items():
         assert float(table[name][0]) == pytest.approx(bits, abs=0.006), name
         # names and offsets of the file's header come on top, at most 0.1 MB; then it is rounded to a tenth
         assert -0.05 <= float(table[name][1]) - nbytes / 1e6 < 0.15, name
-    tables_ = (words_ + positions) * hidden
-    for name in list(table)[2:]:
-        assert float(table[name][1]) - float(table[name][2]) == pytest.approx(tables_ / 1e6, abs=0.15), name
-    assert {name: row[3] for name, row in table.items() if row[3]} == {
-        "fp32": "500", "50 % + 4 bit": "62.5", "50 % + mean 4.7 bit": "73.4", "50 % + mean 3.5 bit": "54.7",
-    }  # fmt: skip
-    for name, bits in (("fp32", 32), ("50 % + 4 bit", 4), ("50 % + mean 4.7 bit", 4.7), ("50 % + mean 3.5 bit", 3.5)):
-        assert float(table[name][3]) == pytest.approx(125 * bits / 8, abs=0.05)
+    for name, row in list(table.items())[2:]:  # a byte less for each entry of a table that 8 bits stand for
+        assert float(row[1]) - float(row[2]) == pytest.approx(embeddings / 1e6, abs=0.15), name
     sizes = [float(table[name][1]) for name in ("fp32", "fp16", "50 % + mean 4 bit")]
     for page in (EN, ZH):
         assert f"{sizes[0] / sizes[2]:.1f}" in page
         assert f"{sizes[1] / sizes[2]:.1f}" in page
 
 
-def test_the_script_prints_the_table_that_the_page_has(two_blocks, capsys):
+def test_the_sizes_of_the_quickstart_are_a_mean_width_times_125_million():
+    claimed = {name: float(row[3]) for name, row in size_rows(EN)[0].items() if row[3]}
+    widths = {"fp32": 32, "50 % + 4 bit": 4, "50 % + mean 4.7 bit": 4.7, "50 % + mean 3.5 bit": 3.5}
+    assert claimed == {name: pytest.approx(125 * bits / 8, abs=0.05) for name, bits in widths.items()}
+
+
+def test_the_script_prints_the_table_that_the_page_has(tiny, capsys):
     assert ["scripts/opt_125m_sizes.py"] in commands("python", EN)
-    script("opt_125m_sizes")["main"](["--model", str(two_blocks)])
+    script("opt_125m_sizes")["main"](["--model", str(tiny)])
     printed = capsys.readouterr().out
     rows, header = size_rows(f"<!-- table: python scripts/opt_125m_sizes.py -->\n{printed}<!-- end of table -->")
     table, same = size_rows(EN)
