@@ -177,7 +177,7 @@ class SparseGPT:
         report = self._accept(compressed, weight)
         self.seconds = time.perf_counter() - started
         if self.verbose:
-            print(solve_line(report, self.seconds))
+            print(solve_line(report, float((weight_matrix(self.layer) == 0).double().mean()), self.seconds))
 
     def compute_importance_scores(self, percdamp: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute how much each input channel matters, from the dense weight and all inputs seen so far; see `core`.
