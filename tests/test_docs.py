@@ -168,7 +168,8 @@ def options():
 
 def words():
     """Names and values that stand alone: settings, methods of the class, presets, scores."""
-    arguments = (inspect.signature(f).parameters for f in (SparseGPT, SparseGPT.fasterprune, Quantizer.configure))
+    methods = (SparseGPT, SparseGPT.fasterprune, SparseGPT.allocate_bits, Quantizer.configure)
+    arguments = (inspect.signature(f).parameters for f in methods)
     return {
         *COMMANDS, *PRESETS, *SOURCES, *get_args(Allocation), *dir(SparseGPT), *sgpt_lightning.__all__,
         *(field.name for kind in (Recipe, ImportanceWeights) for field in fields(kind)),
@@ -188,7 +189,7 @@ def is_expression_of(code, names):
     if isinstance(tree.body[0], ast.Assign):  # a keyword, such as `coding="entropy"`
         return tree.body[0].targets[0].id in words()
     known = names | {name: getattr(names["gpt"], name) for name in ("fasterprune", "free")}
-    if {node.id for node in ast.walk(tree.body[0].value) if isinstance(node, ast.Name)} - set(known):
+    if {node.id for node in ast.walk(tree.body[0].value) if isinstance(node, ast.Name)} - set(known) - words():
         return False
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
