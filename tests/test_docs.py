@@ -145,7 +145,8 @@ def test_commands_run_in_order(two_blocks, tiny, texts, tmp_path, monkeypatch):
         assert (tmp_path / "runs" / name / "figure.png").is_file()
 
 
-def test_every_example_that_is_named_is_there():
+def test_the_examples_that_are_named_are_those_that_there_are():
+    """They are run by `test_examples.py`."""
     named = [arguments for arguments in commands("python", EN) if arguments[0].startswith("examples/")]
     assert len(named) == 5
     assert all(len(arguments) == 1 and (ROOT / arguments[0]).is_file() for arguments in named)
