@@ -180,7 +180,7 @@ class SparseGPT:
             print(solve_line(report, float((weight_matrix(self.layer) == 0).double().mean()), self.seconds))
 
     def compute_importance_scores(self, percdamp: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute how much each input channel matters, from the dense weight and all inputs seen so far; see `core`.
+        """Score the input channels by the dense weight and all inputs seen so far (`core/importance.py`).
 
         Args:
             percdamp: damping, as for `fasterprune`; None takes 0.01.
