@@ -147,22 +147,29 @@ def count_segments(
     return 1 if kind == "zero-point" or axis == "output" else len(set(widths))
 
 
-def fit_affine_grid(weight: Tensor, max_bits: int, group_size: int | None = None) -> Grid:
+def fit_affine_grid(weight: Tensor, max_bits: int, group_size: int | None = None, *, symmetric: bool = False) -> Grid:
     """Fit the smallest `zero-point` span per row (and group) that holds every weight and zero.
 
     Args:
         weight: float32 `[out_features, in_features]`, removed weights set to zero.
         max_bits: the widest width that will be used.
         group_size: columns per segment; None for the whole row.
+        symmetric: take the span from -max|w| to max|w| and the zero point 2^(max_bits - 1), as the published code's
+            `sym=True`; a level more lies below zero than above, for every width.
     """
     pieces = weight.split(group_size or weight.shape[1], dim=1)
     low = torch.stack([piece.amin(1) for piece in pieces], 1).clamp_max(0)
     high = torch.stack([piece.amax(1) for piece in pieces], 1).clamp_min(0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     span = high - low
     span = torch.where(span > 0, span, torch.ones_like(span))
     span = span.to(stored_dtype(span))
     top = top_step("zero-point", max_bits)
     zero_point = (-low / span.float() * top).round().clamp(0, top)
+    if symmetric:
+        zero_point.fill_((top + 1) // 2)  # half of `top` lies between two codes, and the span is rounded
     return Grid("zero-point", span, zero_point.to(torch.uint8), max_bits, group_size)
 
 
