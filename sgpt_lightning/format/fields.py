@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, Quantized, power_of_two
-from sgpt_lightning.format.layings import Laying, laying_of
+from sgpt_lightning.format.layings import BYTES, Laying, laying_of
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, origin_name
 from sgpt_lightning.format.planes import Run
 
@@ -16,8 +16,8 @@ APART_TILE = 16
 _PRICE_APART = 128
 """What a code apart counts, in bits, when widths are chosen: 64 in memory, and as much again for a kernel's trouble."""
 _WORTH_TWO_WIDTHS = 0.8
-"""Of the price of one width. An order of columns costs a CPU a third of all its work, a GPU a launch; on opt-small at 3
-bits one width takes 2 % more memory."""
+"""Of the price of one width, on a CPU: to bring columns into their order is a third of all its work. On opt-small at 3
+bits one width takes 2 % more memory. Kernels have the order for little."""
 
 
 def of_quantized(
@@ -78,12 +78,13 @@ def grid_in_file(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[str, T
 def of_coded(solution: Coded, laying: Laying) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
     """Lay out a coded matrix in the bits that save memory, codes beyond them apart.
 
-    There is one width for all input channels, or there are two: each more saves next to nothing where codes may be
-    apart.
+    There is one width for all input channels, or there are two: each more is a launch of a kernel, and saves next to
+    nothing where codes may be apart.
     """
     codes = solution.codes
     rows, columns = solution.shape
-    runs, order = runs_of(_cheapest_bits(codes), (rows, columns), False, laying)
+    bits = _cheapest_bits(codes, _WORTH_TWO_WIDTHS if laying is BYTES else 1.0)
+    runs, order = runs_of(bits, (rows, columns), False, laying)
     laid, apart = [], []
     for run in runs:
         run_codes = codes[:, members(order, run)]
@@ -109,8 +110,13 @@ def _magnitude(codes: Tensor) -> Tensor:
     return codes ^ (codes >> 31)
 
 
-def _cheapest_bits(codes: Tensor) -> Tensor:
-    """Return the bits of each column, int64 `[in_features]`: one width, or two at which all take much less."""
+def _cheapest_bits(codes: Tensor, worth: float) -> Tensor:
+    """Return the bits of each column, int64 `[in_features]`: those two widths at which all take least.
+
+    Args:
+        codes: int32 `[out_features, in_features]`.
+        worth: fraction of the price of one width that two may cost, or there is one.
+    """
     rows, columns = codes.shape
     # The exponent of a whole number of up to 24 bits is its length, less 1.
     lengths = ((_magnitude(codes).float().view(torch.int32) >> 23) - 126).clamp_(min=0)
@@ -124,7 +130,7 @@ def _cheapest_bits(codes: Tensor) -> Tensor:
     pairs = torch.stack([torch.minimum(prices, price).sum(1) for price in prices])
     one, other = divmod(int(pairs.argmin()), widest)
     alone = prices.sum(1)
-    if pairs.min() > _WORTH_TWO_WIDTHS * alone.min():
+    if pairs.min() > worth * alone.min():
         return bits[alone.argmin()].expand(columns)
     return torch.where(prices[one] <= prices[other], bits[one], bits[other])
 

@@ -172,6 +172,17 @@ def test_codes_far_out_are_kept_apart_and_do_not_widen_their_columns():
     assert int((far.tensors["apart"].abs() == 2**24 - 1).sum()) == 8
 
 
+def test_a_cpu_has_two_widths_where_they_save_a_fifth_and_kernels_where_they_save_anything(monkeypatch):
+    alike, apart = coded(256, 128, 1.85), coded(256, 128, 1.85)
+    apart.codes[:, ::2] *= 60  # six bits more
+    resident = {name: reside(pack_weight(solution)) for name, solution in (("alike", alike), ("apart", apart))}
+    assert [len(resident[name].runs) for name in ("alike", "apart")] == [1, 2]
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
+    words = resident["alike"].suited()
+    assert len(words.runs) == 2
+    assert resident["alike"].nbytes <= 1.08 * words.nbytes
+
+
 @pytest.mark.parametrize("shape", [(3, 44), (45,), (MOST_ROWS + 1, 45)])
 def test_inputs_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"x must be \[n, in_features\] with n <= 8 and in_features = 45, got \["):
