@@ -227,6 +227,7 @@ class SequentialCalibration:
             self._dense_runs.pop(batch_index, None)
         return DenseReference(run.inputs, run.stream, stream)
 
+    @torch.no_grad()
     def _run_dense(
         self, epoch: int, batch_index: int, linears: Mapping[str, nn.Module], *, to_its_end: bool
     ) -> "_DenseRun":

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 GPTQ = Recipe(preset="gptq")
+CODED = Recipe(coding="entropy", target_bits_per_weight=5.0)
+"""One budget for the model, by the gradients of its loss."""
 
 
 def fit(root, dense, place, *callbacks, recipe=GPTQ, **settings):
@@ -35,7 +37,7 @@ def dense(tmp_path_factory):
     return make_dense_directory(tmp_path_factory.mktemp("dense") / "dense")
 
 
-@pytest.mark.parametrize("recipe", [GPTQ, Recipe()], ids=["gptq", "gradients"])
+@pytest.mark.parametrize("recipe", [GPTQ, CODED], ids=["gptq", "coded"])
 def test_a_fit_writes_the_same_bytes_and_measures_the_same_wherever_blocks_are(recipe, dense, tmp_path):
     runs = {place: fit(tmp_path / place, dense, place, recipe=recipe) for place in ("none", "cpu", "disk")}
     files = {place: weight_file(tmp_path / place / "out").read_bytes() for place in runs}
