@@ -1,19 +1,17 @@
 """Batches through a model one block at a time: for models whose blocks come to the device one at a time.
 
 Each block is brought once for all batches, as in sequential calibration, and not once for each. Perplexity is measured
-so (`add_batches`), gradients are taken so (`gradients_by_block.py`), and a plan for the whole model gathers its
-statistics so. Hidden states and logits are those of a forward of the whole model, to the last bit.
+so (`perplexity_by_block.py`), gradients are taken so (`gradients_by_block.py`), and a plan for the whole model gathers
+its statistics so. Hidden states and logits are those of a forward of the whole model, to the last bit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.hidden_states import Activations, HiddenStates
-from sgpt_lightning.evaluation.perplexity import Perplexity
-from sgpt_lightning.models.batches import forwards, model_inputs
+from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.models.replay import BlockCall, BlockReplay, forwards_replaced, run_block
@@ -100,28 +98,3 @@ class BatchesByBlock:
 
     def _running(self, block: int, call: BlockCall) -> Callable[[Tensor], Tensor]:
         return lambda hidden: run_block(self.decoder.blocks[block], hidden, call)
-
-
-@torch.no_grad()
-def add_batches(
-    metric: Perplexity, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], activations: Activations = "auto"
-) -> None:
-    """Run a model on batches and add them to a perplexity.
-
-    Args:
-        metric: where they are added.
-        model: a causal language model in eval mode.
-        batches: `input_ids` int64 `[batch, time]` and, if there is padding, `attention_mask`, on the model's device;
-            cut where their logits need it, see `forwards`.
-        activations: where hidden states are between blocks.
-    """
-    text = BatchesByBlock(model, activations)
-    for batch in batches:
-        for part in forwards(model, batch):
-            text.enter(part)
-    for block in range(len(text.decoder.blocks)):
-        text.carry(block)
-    for index, entered in enumerate(text.parts):
-        logits = text.logits(index, text.hidden.get(BATCHES, index))
-        metric.update(logits, entered["input_ids"], entered.get("attention_mask"))
-    text.clear()

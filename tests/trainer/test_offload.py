@@ -6,7 +6,7 @@ from models_for_tests import make_model, make_padded_batches, make_tokens
 from runs_for_tests import make_dense_directory, make_loader, make_trainer, weight_file
 
 from sgpt_lightning.calibration import hidden_states
-from sgpt_lightning.calibration.by_block import add_batches
+from sgpt_lightning.calibration.perplexity_by_block import add_batches
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.models.placement import BlocksElsewhere, placement_of
