@@ -8,6 +8,7 @@ by blocks, seconds by both. The block is then what it was before.
 Left out: what libraries, loggers and a Trainer take. On the CPU memory is that of the whole process, others' included.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -232,8 +233,8 @@ def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> i
     for name, tensor in rest.items():
         owner, _, leaf = name.rpartition(".")
         rounded = leaf == "bias" and owner in plans.recipes and plans.recipes[owner].solve_parts.centre
-        item = min(tensor.element_size(), storage_dtype.itemsize) if rounded else tensor.element_size()
-        total += tensor.numel() * item
+        item = min(tensor.dtype.itemsize, storage_dtype.itemsize) if rounded else tensor.dtype.itemsize
+        total += math.prod(tensor.shape) * item
     return total
 
 
