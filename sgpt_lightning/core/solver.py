@@ -109,23 +109,30 @@ def compress_linears(
         check_linear(linear.weight, linear.name, inputs, recipe)
     if recipe.coding == "entropy" and coded_size is None:
         raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
-    shared = SharedInput.of(inputs)
+    return _solved_or_rounded(linears, SharedInput.of(inputs), recipe, storage_dtype, has_bias, coded_size)
 
-    def solved_or_rounded(some: Sequence[LinearToSolve]) -> list[CompressedLinear]:
-        """Solve linears together; where that fails and the recipe allows it, each alone, or else round it plainly."""
-        try:
-            return _solved(some, shared, recipe, storage_dtype, has_bias, coded_size)
-        except (HessianError, SolveError) as error:
-            if recipe.on_failure == "error":
-                raise
-            failure = str(error)
-        if len(some) > 1:
-            return [solution for one in some for solution in solved_or_rounded([one])]
-        ((weight, name, _, bits),) = some
-        rounded = round_plainly(weight, recipe, storage_dtype, bits=bits, coded_size=coded_size, name=name)
-        return [replace(rounded, failure=failure)]
 
-    return solved_or_rounded(linears)
+def _solved_or_rounded(
+    linears: Sequence[LinearToSolve],
+    inputs: SharedInput,
+    recipe: Recipe,
+    storage_dtype: torch.dtype,
+    has_bias: bool,
+    coded_size: CodedSize | None,
+) -> list[CompressedLinear]:
+    """Solve linears together; where that fails and the recipe allows it, each alone, or else round it plainly."""
+    try:
+        return _solved(linears, inputs, recipe, storage_dtype, has_bias, coded_size)
+    except (HessianError, SolveError) as error:
+        if recipe.on_failure == "error":
+            raise
+        failure = str(error)
+    if len(linears) > 1:
+        alone = (_solved_or_rounded([one], inputs, recipe, storage_dtype, has_bias, coded_size) for one in linears)
+        return [solution for solutions in alone for solution in solutions]
+    ((weight, name, _, bits),) = linears
+    rounded = round_plainly(weight, recipe, storage_dtype, bits=bits, coded_size=coded_size, name=name)
+    return [replace(rounded, failure=failure)]
 
 
 def _solved(

@@ -9,6 +9,7 @@ power of two.
 Importing this needs Triton.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,43 +21,44 @@ from sgpt_lightning.kernels.words import Band, Run, column_of, held_by, is_loope
 
 CHUNK = 1024
 """Inputs of a program: a piece, however wide, is some of them."""
-MOST_RUNS = 3
-"""Runs that one launch takes, here and in `matvec.py`."""
 NO_RUN = Run(0, 0, 0, 0, 0)
 
 
-def lanes_of(channels: int) -> int:
+def lanes_of(runs: Sequence[Run]) -> int:
     """Return the lanes of a piece: the most at which no more than a quarter of the work is for lanes not there."""
-    lanes = triton.cdiv(channels, 32)
-    wide = [width for width in (128, 64) if 0 < triton.cdiv(lanes, width) * width <= 1.25 * lanes]
-    return wide[0] if wide else 32
+    lanes = sum(triton.cdiv(run.channels, 32) for run in runs)
+    for width in (128, 64):
+        if 0 < sum(padded(run, width) for run in runs) <= 1.25 * 32 * lanes:
+            return width
+    return 32
 
 
-def padded(run: Run) -> int:
-    """Return how many inputs a run has with those that are 0."""
-    piece = 32 * lanes_of(run.channels)
-    return triton.cdiv(run.channels, piece) * piece
+def padded(run: Run, lanes: int) -> int:
+    """Return how many inputs a run has in pieces of some lanes, with those that are 0."""
+    return triton.cdiv(run.channels, 32 * lanes) * 32 * lanes
 
 
-def prepare(x: Tensor, band: Band, runs: list[Run], plain: Tensor | None) -> Tensor:
+def prepare(x: Tensor, band: Band, runs: tuple[Run, Run], lanes: int, plain: Tensor | None) -> Tensor:
     """Lay out x for some runs of a band.
 
     Args:
         x: float `[n, in_features]`, contiguous.
         band: rows of a weight.
-        runs: `MOST_RUNS` of its runs; `NO_RUN` where there are fewer.
+        runs: two of its runs; `NO_RUN` in the place of a second.
+        lanes: of a piece.
         plain: where codes are apart, float32 `[n, in_features]`. x in the order of all runs, multiplied with the
             factors of the columns, is written there, of these runs.
 
     Returns:
         float32 `[n, inputs]`, run behind run.
     """
-    total = sum(padded(run) for run in runs)
+    total = sum(padded(run, lanes) for run in runs)
     laid = torch.empty(len(x), total, device=x.device)
-    numbers: list[Any] = [band.columns, total]
+    numbers: list[Any] = [band.columns, total, lanes]
     for run in runs:
         in_place = band.kind != 3 and run.bits > 0 and not is_looped(band, run)
-        numbers += [run.bits if in_place else 0, run.first, run.channels, lanes_of(run.channels), padded(run) // CHUNK]
+        numbers += [run.bits if in_place else 0, run.first, run.channels]
+    numbers.append(padded(runs[0], lanes) // CHUNK)
     _prepare[(total // CHUNK, len(x))](
         x, laid, laid if plain is None else plain, x if band.order is None else band.order,
         x if band.column_factors is None else band.column_factors, *numbers,
@@ -65,27 +67,21 @@ def prepare(x: Tensor, band: Band, runs: list[Run], plain: Tensor | None) -> Ten
     return laid
 
 
-_NUMBERS = ["columns", "total"]
-_NUMBERS += [f"{name}{k}" for k in (1, 2, 3) for name in ("bits", "first", "count", "lanes", "chunks")]
+_NUMBERS = ["columns", "total", "lanes", "bits1", "first1", "count1", "bits2", "first2", "count2", "chunks1"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["x", "laid", "plain", "order", "factors"])
 def _prepare(
-    x, laid, plain, order, factors, columns, total,
-    bits1, first1, count1, lanes1, chunks1, bits2, first2, count2, lanes2, chunks2,
-    bits3, first3, count3, lanes3, chunks3,
+    x, laid, plain, order, factors, columns, total, lanes, bits1, first1, count1, bits2, first2, count2, chunks1,
     ORDERED: tl.constexpr, FACTORS: tl.constexpr, PLAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     input = tl.program_id(1).to(tl.int64)
     laid += input * total + chunk * CHUNK
-    bits, first, count, lanes = bits1, first1, count1, lanes1
+    bits, first, count = bits1, first1, count1
     if chunk >= chunks1:
         chunk -= chunks1
-        bits, first, count, lanes = bits2, first2, count2, lanes2
-        if chunk >= chunks2:
-            chunk -= chunks2
-            bits, first, count, lanes = bits3, first3, count3, lanes3
+        bits, first, count = bits2, first2, count2
     own = tl.arange(0, CHUNK)
     number = chunk * CHUNK + own
     j = number // lanes % 32

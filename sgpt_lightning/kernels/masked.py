@@ -74,25 +74,25 @@ def unpack(runs: list[MaskedRun], shape: tuple[int, int], dtype: torch.dtype) ->
     return weight
 
 
-def _laid_out(x: Tensor, run: MaskedRun) -> Tensor:
+def _laid_out(x: Tensor, run: MaskedRun, plain: Run, lanes: int) -> Tensor:
     """Lay out x for a run, float32 `[n, inputs]`: as for a zero-free grid, whose fields are taken by their number."""
     absent = dict.fromkeys(Band._fields)
-    plain = Run(run.bits, run.first, run.width, 0, 0)
     return prepare(
         x, Band(**absent | {"kind": 3, "columns": run.columns, "order": run.order, "group_size": 0}),  # type: ignore[arg-type]
-        [plain, NO_RUN, NO_RUN], None,
+        (plain, NO_RUN), lanes, None,
     )  # fmt: skip
 
 
 def _launch(x: Tensor, out: Tensor, run: MaskedRun, product: int, n: int, out_features: int) -> None:
     absent = run.words
-    lanes = lanes_of(run.width)
-    laid = _laid_out(x, run) if product else x
+    plain = Run(run.bits, run.first, run.width, 0, 0)
+    lanes = lanes_of([plain])
+    laid = _laid_out(x, run, plain, lanes) if product else x
     _masked[(triton.cdiv(run.rows, ROWS), n)](
         laid, out, run.words, run.mask, run.starts, absent if run.order is None else run.order,
         absent if run.row_order is None else run.row_order, run.span, run.origin,
         run.rows, run.columns, run.span.shape[1], run.first, run.width, run.segment, out_features,
-        padded(Run(run.bits, run.first, run.width, 0, 0)),
+        padded(plain, lanes),
         ROWS=ROWS, LANES=lanes, KIND=run.kind, BITS=run.bits, WIDEST=run.widest, GROUP=run.group_size,
         ORDERED=run.order is not None, ROW_ORDERED=run.row_order is not None, PRODUCT=product,
         POPC=run.words.is_cuda and torch.version.hip is None, num_warps=WARPS, enable_fp_fusion=bool(product),

@@ -17,14 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sgpt_lightning.kernels.columns import FAILURES as FAILURES
-from sgpt_lightning.kernels.inputs import MOST_RUNS, NO_RUN, lanes_of, padded, prepare
+from sgpt_lightning.kernels.inputs import NO_RUN, lanes_of, padded, prepare
 from sgpt_lightning.kernels.sums import apart_sums, run_sums
 from sgpt_lightning.kernels.words import Band as Band
 from sgpt_lightning.kernels.words import Run as Run
 from sgpt_lightning.kernels.words import is_looped, pointers
 
-ROWS = {1: 2, 2: 4, 4: 4, 8: 2}
-"""Rows of a thread, by the rows of x that it multiplies with, at most."""
+MOST_INPUTS = 4
+"""Rows of x of a program that has more than one: for eight Triton compiles four times as long."""
+ROWS = {1: 2, MOST_INPUTS: 4}
+"""Rows of a thread, by the rows of x that it multiplies with."""
 WARPS, CODED_WARPS = 2, 8
 """Warps of a program. On an H100 one row of x times 4096 x 4096 weights of 4 bits took 10.6 us with 2 warps
 (15.7 with 4, 11.8 with 8), coded ones of 4.3 bits 18.6 with 8 (21.8 with 2, 21.1 with 4)."""
@@ -47,18 +49,33 @@ def matvec(x: Tensor, bands: list[Band], out_features: int) -> Tensor:
         carry = torch.empty(out.shape, device=x.device) if len(launches) > 1 else out
         plain = torch.empty(x.shape, device=x.device) if band.apart is not None and len(band.apart) > 0 else None
         for number, runs in enumerate(launches):
+            lanes = lanes_of(runs)
+            laid = prepare(x, band, runs, lanes, plain)
             last = number == len(launches) - 1
-            laid = prepare(x, band, runs, plain)
-            _launch(laid, plain if last else None, out if last else carry, carry, band, runs, number)
+            _launch(laid, plain if last else None, out if last else carry, carry, band, (*runs, lanes), number)
     return out
 
 
-def _launches(band: Band) -> list[list[Run]]:
-    """Deal the runs to launches, those that are looped over alone: together they would take many registers."""
-    unrolled = [run for run in band.runs if not is_looped(band, run)]
-    groups = [unrolled[at : at + MOST_RUNS] for at in range(0, len(unrolled), MOST_RUNS)]
-    groups += [[run] for run in band.runs if is_looped(band, run)]
-    return [group + [NO_RUN] * (MOST_RUNS - len(group)) for group in groups]
+def _launches(band: Band) -> list[tuple[Run, Run]]:
+    """Deal the runs to launches.
+
+    Two widths are always launched as the same pair, of which one may be absent, so that all weights of a model share
+    four kernels: Triton takes seconds to compile each. A run that is looped over is alone, as it takes many registers,
+    and so is the only one of a band.
+    """
+    unrolled = {run.bits: run for run in band.runs if not is_looped(band, run)}
+    alone = [run for run in band.runs if is_looped(band, run) or len(band.runs) == 1]
+    pairs = [(wide, wide - 1) for wide in (8, 6, 4, 2) if len(band.runs) > 1]
+    launches = [
+        (unrolled.get(wide, _absent(wide)), unrolled.get(narrow, _absent(narrow)))
+        for wide, narrow in pairs
+        if wide in unrolled or narrow in unrolled
+    ]
+    return launches + [(run, NO_RUN) for run in alone]
+
+
+def _absent(bits: int) -> Run:
+    return NO_RUN._replace(bits=bits)
 
 
 def rows_of(lanes: int, rows: int, warps: int) -> int:
@@ -67,27 +84,25 @@ def rows_of(lanes: int, rows: int, warps: int) -> int:
 
 
 def _launch(
-    laid: Tensor, plain: Tensor | None, out: Tensor, carry: Tensor, band: Band, runs: list[Run], number: int
+    laid: Tensor, plain: Tensor | None, out: Tensor, carry: Tensor, band: Band, piece: tuple[Run, Run, int], number: int
 ) -> None:
-    """Launch the product with some runs; from the second launch on, the carry is added."""
-    inputs = triton.next_power_of_2(len(out))
-    lanes = [lanes_of(run.channels) for run in runs]
+    """Launch the product with two runs in pieces of some lanes; from the second launch on, the carry is added."""
+    first, second, lanes = piece
+    inputs = 1 if len(out) == 1 else MOST_INPUTS
     warps = CODED_WARPS if band.kind == 0 else WARPS
-    rows = rows_of(max(lanes), ROWS[inputs], warps)
+    rows = rows_of(lanes, ROWS[inputs], warps)
     numbers: list[Any] = [band.rows, band.columns, 0 if band.span is None else band.span.shape[1], len(out)]
-    numbers += [out.shape[1], number, laid.shape[1], padded(runs[0]), padded(runs[0]) + padded(runs[1])]
-    numbers += [value for run in runs for value in run[1:]]
-    _matvec[(triton.cdiv(band.rows, rows),)](
-        laid, laid if plain is None else plain, out, carry, *pointers(band), *numbers,
-        N=inputs, ROWS=rows, KIND=band.kind, BITS1=runs[0].bits, BITS2=runs[1].bits, BITS3=runs[2].bits,
-        LANES1=lanes[0], LANES2=lanes[1], LANES3=lanes[2], WIDEST=band.widest, GROUP=band.group_size,
-        ORDERED=band.order is not None, ROW_ORDERED=band.row_order is not None,
-        APART=plain is not None, num_warps=warps, enable_fp_fusion=True,
+    numbers += [out.shape[1], number, 0 if plain is None else 1, laid.shape[1], padded(first, lanes)]
+    _matvec[(triton.cdiv(band.rows, rows), triton.cdiv(len(out), inputs))](
+        laid, laid if plain is None else plain, out, carry, *pointers(band), *numbers, *first[1:], *second[1:],
+        N=inputs, ROWS=rows, LANES=lanes, KIND=band.kind, BITS1=first.bits, BITS2=second.bits, WIDEST=band.widest,
+        GROUP=band.group_size, ORDERED=band.order is not None, ROW_ORDERED=band.row_order is not None,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-_NUMBERS = ["rows", "columns", "segments", "n", "out_features", "carried", "total", "second", "third"]
-_NUMBERS += [f"{name}{k}" for k in (1, 2, 3) for name in ("first", "count", "start", "segment")]
+_NUMBERS = ["rows", "columns", "segments", "n", "out_features", "carried", "with_apart", "total", "second"]
+_NUMBERS += [f"{name}{k}" for k in (1, 2) for name in ("first", "count", "start", "segment")]
 _POINTERS = ["x", "plain", "out", "carry", "words", "order", "row_order", "column_factors", "row_factors", "span"]
 _POINTERS += ["origin", "apart_at", "apart", "apart_tiles"]
 
@@ -95,43 +110,38 @@ _POINTERS += ["origin", "apart_at", "apart", "apart_tiles"]
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def _matvec(
     x, plain, out, carry, words, order, row_order, column_factors, row_factors, span, origin, apart_at, apart,
-    apart_tiles, rows, columns, segments, n, out_features, carried, total, second, third,
-    first1, count1, start1, segment1, first2, count2, start2, segment2, first3, count3, start3, segment3,
-    N: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, BITS1: tl.constexpr, BITS2: tl.constexpr,
-    BITS3: tl.constexpr, LANES1: tl.constexpr, LANES2: tl.constexpr, LANES3: tl.constexpr, WIDEST: tl.constexpr,
-    GROUP: tl.constexpr, ORDERED: tl.constexpr, ROW_ORDERED: tl.constexpr, APART: tl.constexpr,
+    apart_tiles, rows, columns, segments, n, out_features, carried, with_apart, total, second,
+    first1, count1, start1, segment1, first2, count2, start2, segment2,
+    N: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, KIND: tl.constexpr, BITS1: tl.constexpr,
+    BITS2: tl.constexpr, WIDEST: tl.constexpr, GROUP: tl.constexpr, ORDERED: tl.constexpr, ROW_ORDERED: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = own < rows
     # Rows that are not there are computed as the last one.
     number = tl.minimum(own, rows - 1)
     row = tl.load(row_order + number).to(tl.int32) if ROW_ORDERED else number
-    a, b, c, d, e, f, g, h = run_sums(
-        x, total, words, order, span, origin, number, row, columns, segments, n, first1, count1, start1, segment1,
-        N, ROWS, LANES1, KIND, BITS1, WIDEST, GROUP, ORDERED,
+    before = tl.program_id(1) * N
+    x += before.to(tl.int64) * total
+    a, b, c, d = run_sums(
+        x, total, words, order, span, origin, number, row, columns, segments, n - before,
+        first1, count1, start1, segment1, N, ROWS, LANES, KIND, BITS1, WIDEST, GROUP, ORDERED,
     )  # fmt: skip
     if BITS2 > 0:
-        a2, b2, c2, d2, e2, f2, g2, h2 = run_sums(
-            x + second, total, words, order, span, origin, number, row, columns, segments, n,
-            first2, count2, start2, segment2, N, ROWS, LANES2, KIND, BITS2, WIDEST, GROUP, ORDERED,
+        a2, b2, c2, d2 = run_sums(
+            x + second, total, words, order, span, origin, number, row, columns, segments, n - before,
+            first2, count2, start2, segment2, N, ROWS, LANES, KIND, BITS2, WIDEST, GROUP, ORDERED,
         )  # fmt: skip
-        a, b, c, d, e, f, g, h = a + a2, b + b2, c + c2, d + d2, e + e2, f + f2, g + g2, h + h2
-    if BITS3 > 0:
-        a3, b3, c3, d3, e3, f3, g3, h3 = run_sums(
-            x + third, total, words, order, span, origin, number, row, columns, segments, n,
-            first3, count3, start3, segment3, N, ROWS, LANES3, KIND, BITS3, WIDEST, GROUP, ORDERED,
-        )  # fmt: skip
-        a, b, c, d, e, f, g, h = a + a3, b + b3, c + c3, d + d3, e + e3, f + f3, g + g3, h + h3
+        a, b, c, d = a + a2, b + b2, c + c2, d + d2
     factor = tl.load(row_factors + row) if KIND == 0 else tl.full([ROWS], 1.0, tl.float32)
     for i in tl.static_range(N):
-        there = inside & (own * 0 + n > i)
-        found = a if i == 0 else b if i == 1 else c if i == 2 else d if i == 3 else e if i == 4 else f
-        found = g if i == 6 else h if i == 7 else found
-        if APART:
-            input = tl.minimum(i, n - 1)
-            found += apart_sums(plain + input * columns, columns, apart_at, apart, apart_tiles, rows, ROWS)
+        there = inside & (own * 0 + n > before + i)
+        found = a if i == 0 else b if i == 1 else c if i == 2 else d
+        input = tl.minimum(before + i, n - 1)
+        if KIND == 0:
+            if with_apart > 0:
+                found += apart_sums(plain + input * columns, columns, apart_at, apart, apart_tiles, rows, ROWS)
         found *= factor
-        place = i * out_features + row
+        place = input * out_features + row
         if carried > 0:
             found += tl.load(carry + place, mask=there, other=0.0).to(tl.float32)
         tl.store(out + place, found.to(out.dtype.element_ty), mask=there)

@@ -1,7 +1,7 @@
 """Sums over a run of columns of weights that are fields of words, in Triton; what `matvec.py` launches.
 
-x comes from `inputs.py`. A row of it is multiplied by each of eight variables, of which as many are used as there are
-rows: blocks of three dimensions would send x through shared memory for each field.
+x comes from `inputs.py`. A row of it is multiplied by each of four variables, of which one is used where there is one
+row: blocks of three dimensions would send x through shared memory for each field.
 
 Importing this needs Triton.
 """
@@ -31,7 +31,7 @@ def run_sums(
     """Sums over the columns of a run, `[ROWS]` for each row of x, without the factors of coded rows."""
     base = words + start + number.to(tl.int64)[:, None] * row_words(count, BITS)
     if BITS > 8 or GROUP > 0:
-        a, b, c, d, e, f, g, h = _looped_sums(
+        a, b, c, d = _looped_sums(
             x, total, base, order, span, origin, row, columns, segments, n, first, count,
             N, ROWS, LANES, KIND, BITS, WIDEST, GROUP, ORDERED,
         )  # fmt: skip
@@ -39,8 +39,8 @@ def run_sums(
         step, zero = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 0.0, tl.float32)
         if KIND > 0:
             step, zero = grid_scale(span, origin, row, segment, segments, row >= 0, KIND, BITS, WIDEST)
-        a, b, c, d, e, f, g, h = _unrolled_sums(x, total, base, step, zero, n, count, N, ROWS, LANES, KIND, BITS)
-    return a, b, c, d, e, f, g, h
+        a, b, c, d = _unrolled_sums(x, total, base, step, zero, n, count, N, ROWS, LANES, KIND, BITS)
+    return a, b, c, d
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def _unrolled_sums(
 ):  # fmt: skip
     """Sums where a row has one step: it is multiplied with the sum, save for grids with a sign."""
     zeros, none = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
-    a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    sa, sb, sc, sd, se, sf, sg, sh = none, none, none, none, none, none, none, none
+    a, b, c, d = zeros, zeros, zeros, zeros
+    sa, sb, sc, sd = none, none, none, none
     own = tl.arange(0, LANES)[None, :]
     for piece in range(0, ((count + 31) // 32 + LANES - 1) // LANES):
         w0, w1, w2, w3, w4, w5, w6, w7 = lane_words(base, piece * LANES + own, count, BITS)
@@ -66,21 +66,13 @@ def _unrolled_sums(
             b, sb = _with_input(at, q, b, sb, total, n, 1, N, KIND, j, BITS)
             c, sc = _with_input(at, q, c, sc, total, n, 2, N, KIND, j, BITS)
             d, sd = _with_input(at, q, d, sd, total, n, 3, N, KIND, j, BITS)
-            e, se = _with_input(at, q, e, se, total, n, 4, N, KIND, j, BITS)
-            f, sf = _with_input(at, q, f, sf, total, n, 5, N, KIND, j, BITS)
-            g, sg = _with_input(at, q, g, sg, total, n, 6, N, KIND, j, BITS)
-            h, sh = _with_input(at, q, h, sh, total, n, 7, N, KIND, j, BITS)
         x += 32 * LANES
     half: tl.constexpr = 1 << (BITS - 1)
     a = _total(a, sa, step, zero, half, 0, N, KIND)
     b = _total(b, sb, step, zero, half, 1, N, KIND)
     c = _total(c, sc, step, zero, half, 2, N, KIND)
     d = _total(d, sd, step, zero, half, 3, N, KIND)
-    e = _total(e, se, step, zero, half, 4, N, KIND)
-    f = _total(f, sf, step, zero, half, 5, N, KIND)
-    g = _total(g, sg, step, zero, half, 6, N, KIND)
-    h = _total(h, sh, step, zero, half, 7, N, KIND)
-    return a, b, c, d, e, f, g, h
+    return a, b, c, d
 
 
 @triton.jit
@@ -122,7 +114,7 @@ def _looped_sums(
 ):  # fmt: skip
     """Sums of wide fields, and of grids in groups: unrolled, these would not fit into registers."""
     zeros, none = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
-    a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    a, b, c, d = zeros, zeros, zeros, zeros
     own = tl.arange(0, LANES)[None, :]
     for piece in range(0, ((count + 31) // 32 + LANES - 1) // LANES):
         lane = piece * LANES + own
@@ -144,14 +136,9 @@ def _looped_sums(
             b, _ = _with_input(at, q, b, none, total, n, 1, N, 0, 0, BITS)
             c, _ = _with_input(at, q, c, none, total, n, 2, N, 0, 0, BITS)
             d, _ = _with_input(at, q, d, none, total, n, 3, N, 0, 0, BITS)
-            e, _ = _with_input(at, q, e, none, total, n, 4, N, 0, 0, BITS)
-            f, _ = _with_input(at, q, f, none, total, n, 5, N, 0, 0, BITS)
-            g, _ = _with_input(at, q, g, none, total, n, 6, N, 0, 0, BITS)
-            h, _ = _with_input(at, q, h, none, total, n, 7, N, 0, 0, BITS)
         x += 32 * LANES
     a, b, c, d = tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
-    e, f, g, h = tl.sum(e, axis=1), tl.sum(f, axis=1), tl.sum(g, axis=1), tl.sum(h, axis=1)
-    return a, b, c, d, e, f, g, h
+    return a, b, c, d
 
 
 @triton.jit

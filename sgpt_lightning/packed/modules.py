@@ -107,10 +107,13 @@ class Packed(nn.Module):
         return matrix
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
-        """Return the product with a few rows on a GPU, without the bias; None where it is to be taken otherwise."""
+        """Return the product with one token of each of a few sequences on a GPU, without the bias; otherwise None.
+
+        A prompt is no such thing, however short: its products have kernels of their own, which take long to compile.
+        """
         form = self.resident
-        few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and x.dtype in QUICK_DTYPES and not x.requires_grad
-        if form is None or not few or not on_gpu(x):
+        few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and (x.dim() < 3 or x.shape[-2] == 1)
+        if form is None or not few or x.dtype not in QUICK_DTYPES or x.requires_grad or not on_gpu(x):
             return None
         return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 

@@ -141,6 +141,16 @@ def test_where_a_kernel_fails_torch_does_the_work_and_it_is_said_once(monkeypatc
     assert torch.equal(resident.weight(), solution.weight())  # a second warning would be an error
 
 
+@pytest.mark.parametrize("widths", [(8, 6, 4, 3, 2), (7, 5), (6, 5, 4), (2, 1), (10, 4, 3)])
+def test_weights_of_many_widths_share_four_kernels(widths):
+    """Triton takes seconds to compile each pair of widths."""
+    runs = tuple(matvec.Run(bits, 40 * k, 40, 100 * k, 0) for k, bits in enumerate(widths))
+    absent = dict.fromkeys(matvec.Band._fields)
+    launches = matvec._launches(matvec.Band(**absent | {"kind": 0, "runs": runs, "group_size": 0}))
+    assert {(a.bits, b.bits) for a, b in launches} <= {(8, 7), (6, 5), (4, 3), (2, 1), (10, 0)}
+    assert sorted(run for launch in launches for run in launch if run.channels) == sorted(runs)
+
+
 COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
@@ -150,8 +160,8 @@ from sgpt_lightning.kernels import matvec, unpack
 types = {"x": "*fp32", "weight": "*fp16", "order": "*i16", "row_order": "*i16", "span": "*fp16", "origin": "*u8"}
 types |= dict.fromkeys(("plain", "out", "carry", "factors", "column_factors", "row_factors"), "*fp32")
 types |= dict.fromkeys(("words", "places", "apart_at", "apart", "apart_tiles"), "*i32")
-fixed = {"N": 1, "ROWS": 4, "KIND": 1, "BITS1": 3, "BITS2": 0, "BITS3": 0, "LANES1": 128, "LANES2": 32, "LANES3": 32}
-fixed |= {"WIDEST": 3, "GROUP": 0, "COLUMNS": 256, "ORDERED": False, "ROW_ORDERED": False, "APART": False}
+fixed = {"N": 1, "ROWS": 4, "KIND": 1, "BITS1": 3, "BITS2": 0, "LANES": 128, "WIDEST": 3, "GROUP": 0}
+fixed |= {"COLUMNS": 256, "ORDERED": False, "ROW_ORDERED": False}
 for kernel, options in ((matvec._matvec, {"enable_fp_fusion": True}), (unpack._unpack, {"enable_fp_fusion": False})):
     constants = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}

@@ -54,7 +54,7 @@ def test_a_packed_linear_computes_what_the_dense_one_does(kind, reside):
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_on_a_gpu_few_rows_are_multiplied_by_the_codes_and_many_by_the_weight(kind, monkeypatch):
+def test_on_a_gpu_a_token_of_few_sequences_is_multiplied_by_the_codes_and_a_prompt_by_the_weight(kind, monkeypatch):
     monkeypatch.setattr("sgpt_lightning.packed.modules.on_gpu", lambda x: True)
     packed, taken = coded(24, 40), []
     dense = nn.Linear(40, 24) if kind is nn.Linear else Conv1D(24, 40)
@@ -63,11 +63,11 @@ def test_on_a_gpu_few_rows_are_multiplied_by_the_codes_and_many_by_the_weight(ki
     matvec = Resident.matvec
     monkeypatch.setattr(Resident, "matvec", lambda form, x: (taken.append(len(x)), matvec(form, x))[1])
     ours.reside()
-    for shape in ((1, 1, 40), (2, 4, 40), (3, 3, 40), (40,), (0, 40)):
+    for shape in ((1, 1, 40), (8, 1, 40), (9, 1, 40), (1, 5, 40), (2, 4, 40), (40,), (3, 40), (0, 40)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         # Sums of 40 float32 products in another order.
         torch.testing.assert_close(ours(x), dense(x), rtol=1e-5, atol=1e-6)
-    assert taken == [1, 8, 1]
+    assert taken == [1, 8, 1, 3]
 
 
 @pytest.mark.parametrize("tokens", [3, 300])
