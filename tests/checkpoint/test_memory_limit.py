@@ -25,22 +25,22 @@ from sgpt_lightning.checkpoint.any_model import load_dense
 from sgpt_lightning.checkpoint.streamed import load_streamed
 from sgpt_lightning.recipe import Recipe
 
-how, small, large, out, recipe = sys.argv[1:]
+how, small, large, out, first, recipe = sys.argv[1:]
 torch.set_num_threads(1)
 save.MAX_SHARD_SIZE = "50MB"
 batches = [{"input_ids": torch.randint(3, 128, (2, 32))} for _ in range(2)]
 
-def run(directory):
+def run(directory, recipe):
     model = load_streamed(directory) if how == "streamed" else load_dense(directory, dtype=torch.float32)
     solved = compress(model, batches, eval(recipe), storage_dtype=torch.float16, activations="disk")
     save.save_compressed(out, model, solved, storage_dtype=torch.float16)
 
-run(small)  # imports, threads and what libraries keep
+run(small, first)  # imports, threads and what libraries keep
 lines = Path("/proc/self/status").read_text().splitlines()
 held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
 limit = held + Path(large, "model.safetensors").stat().st_size // 2
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-run(large)
+run(large, recipe)
 """
 
 
@@ -59,12 +59,14 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 
 ALL = 'Recipe(preset="gptq")'
-FEW = 'Recipe(coding="entropy", target_bits_per_weight=4.0, ignore=["*.fc?", "*.[qv]_proj", "*.out_proj"])'
-"""One budget for the model, by gradients; five of six linears stay dense, which is most of what is written."""
+FEW = 'Recipe(coding="entropy", target_bits_per_weight=4.0, ignore=["*.fc?", "*.[qvo]*_proj"{}])'
+"""One budget for the model, by gradients; one linear of ten blocks is solved, and nearly all is written dense."""
 
 
-def run(how: str, models: tuple[Path, Path], out: Path, recipe: str = ALL) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, how, *map(str, models), str(out), recipe]
+def run(
+    how: str, models: tuple[Path, Path], out: Path, recipe: str = ALL, beside: str = ""
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, how, *map(str, models), str(out), recipe.format(""), recipe.format(beside)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -79,11 +81,11 @@ def test_a_model_is_compressed_within_half_of_its_size(models, tmp_path):
 
 
 def test_a_model_that_stays_dense_for_the_most_part_is_planned_and_written_within_half_of_its_size(models, tmp_path):
-    done = run("streamed", models, tmp_path / "out", FEW)
+    done = run("streamed", models, tmp_path / "out", FEW, ', "*.??.*"')
     assert done.returncode == 0, done.stderr
     written = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
-    assert sum(tensor.nbytes for tensors in written for tensor in tensors.values()) > 0.8 * 200e6
-    assert sum(name.endswith("k_proj.weight_stream") for tensors in written for name in tensors) == BLOCKS
+    assert sum(tensor.nbytes for tensors in written for tensor in tensors.values()) > 0.95 * 200e6
+    assert sum(name.endswith("k_proj.weight_stream") for tensors in written for name in tensors) == 10
     assert len(written) > 3
 
 
