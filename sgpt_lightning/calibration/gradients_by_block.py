@@ -36,7 +36,7 @@ class GradientsByBlock(OutputGradients):
         super().__init__(model, linears)
         self._text = text
         self._numbers: list[int] = []
-        self._room = SHARE_OF_MODEL * sum(parameter.nbytes for parameter in model.parameters())
+        self._room = room_for_hidden(model)
 
     def observe(self, batch_index: int, batch: Mapping[str, Tensor]) -> None:
         """Take in a batch as `OutputGradients` does; the model is run when there is no room for another one."""
@@ -97,6 +97,11 @@ class GradientsByBlock(OutputGradients):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def room_for_hidden(model: nn.Module) -> float:
+    """Return the bytes that hidden states may take while batches are on their way; those of one batch always may."""
+    return SHARE_OF_MODEL * sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _entering(block: int) -> str:

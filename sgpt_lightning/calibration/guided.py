@@ -17,6 +17,7 @@ from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.gradients_by_block import GradientsByBlock
 from sgpt_lightning.calibration.hidden_states import Activations
+from sgpt_lightning.calibration.meter import Announce, nobody
 from sgpt_lightning.calibration.plan import LinearJob, Plans, plan_model, plan_rates
 from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import owners_of
@@ -60,6 +61,7 @@ class GuidedCalibration:
         activations: Activations = "auto",
     ) -> None:
         linears = plans.linears()
+        self.announce: Announce = nobody
         self._model = model
         self._recipe = recipe
         self.plans = plans
@@ -100,7 +102,10 @@ class GuidedCalibration:
         with ranks.outcome():
             self._count.check(epoch)
             if not epoch:
+                if self._text is not None:
+                    self.announce("gradients")
                 self._gradients.end()
+                self.announce("plan")
                 self._collector.check()
                 self._gradients.check()
         if epoch:
@@ -148,6 +153,7 @@ class GuidedCalibration:
     def _collected(self, text: BatchesByBlock, block: int) -> InputCollector:
         """Carry all batches through a block, and return the statistics of what its linears received."""
         collector = InputCollector(self.plans.linears(block), self._tf32)
+        self.announce("gradients")
 
         def do(index: int, run: Callable[[Tensor], Tensor], entered: Tensor) -> None:
             shown = self._shown[index]
@@ -157,6 +163,7 @@ class GuidedCalibration:
             text.hidden.put(BATCHES, index, left)
 
         text.each(block, do, BATCHES)
+        self.announce("plan")
         collector.check()
         return collector
 

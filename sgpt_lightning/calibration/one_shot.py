@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.collector import InputCollector
+from sgpt_lightning.calibration.meter import Announce, nobody
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import check_everywhere, check_stored, solve_linears
@@ -24,6 +25,7 @@ class OneShotCalibration:
     """All blocks in one epoch, on the dense model's inputs."""
 
     def __init__(self, model: nn.Module, plans: Plans, storage_dtype: torch.dtype, tf32: bool = False) -> None:
+        self.announce: Announce = nobody
         self._model = model
         self.plans = plans
         self._storage_dtype = storage_dtype

@@ -10,10 +10,14 @@ from models_for_tests import make_batches, make_model
 from runs_for_tests import make_dense_directory
 
 from sgpt_lightning import cli
-from sgpt_lightning.calibration import hidden_states
+from sgpt_lightning.calibration import hidden_states, meter, sequential
+from sgpt_lightning.calibration.by_block import BatchesByBlock
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.forecast import Workload, forecast
+from sgpt_lightning.calibration.forecast import forecast
+from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.hidden_states import split_over_tiers
+from sgpt_lightning.calibration.sequential import SequentialCalibration
+from sgpt_lightning.calibration.workload import Workload
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.placement import BlocksElsewhere
 from sgpt_lightning.recipe import Recipe
@@ -41,6 +45,60 @@ def test_the_bytes_of_the_result_are_known_beforehand_and_the_model_stays_as_it_
     assert str(round(said.result_bytes / 1e6, 1)) in said.lines()
 
 
+@pytest.mark.parametrize(("recipe", "groups"), [("gptq", 1), ("best", 4)])
+def test_what_is_done_once_is_not_multiplied_and_the_text_is_apart_from_the_solve(recipe, groups, monkeypatch):
+    """With a clock that only goes on where it is told to."""
+    now, solves = [0.0], [0]
+
+    def slow(owner, name, seconds):
+        plain = getattr(owner, name)
+
+        def slowly(*args, **kwargs):
+            now[0] += seconds() if callable(seconds) else seconds
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slowly)
+
+    def first_is_slow():
+        solves[0] += 1
+        return 500.0 if solves[0] <= groups else 7.0
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    slow(SequentialCalibration, "_enter", 1.0)
+    slow(SequentialCalibration, "_collect", 2.0)
+    slow(SequentialCalibration, "_carry_on", 3.0)
+    slow(sequential, "solve_linears", first_is_slow)
+    slow(OutputGradients, "observe", 11.0)
+    said = forecast(make_model("opt", num_hidden_layers=5), make_batches(2), RECIPES[recipe], Workload(batches=10))
+    assert said.parts["calibrate"] == 10 * (1.0 + 5 * groups * 2.0 + 4 * 3.0)
+    assert said.parts["solve"] == 5 * groups * 7.0
+    assert said.parts["gradients"] == (10 * 11.0 if recipe == "best" else 0.0)
+
+
+@pytest.mark.parametrize("place", ["none", "cpu"])
+def test_gradients_are_foreseen_wherever_blocks_are(place, monkeypatch):
+    now, run = [0.0], BatchesByBlock.each
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    observe = OutputGradients.observe
+
+    def each(self, block, do, *streams):
+        now[0] += len(self.parts)  # a block on a batch: a second
+        run(self, block, do, *streams)
+
+    def whole(self, index, batch):
+        now[0] += 15.0
+        observe(self, index, batch)
+
+    monkeypatch.setattr(BatchesByBlock, "each", each)
+    monkeypatch.setattr(OutputGradients, "observe", whole)
+    model = make_model("opt", num_hidden_layers=5)
+    if place == "cpu":
+        BlocksElsewhere(model, "cpu")
+    said = forecast(model, make_batches(2), RECIPES["coded"], Workload(batches=10))
+    # Forwards, backwards, and once more for the statistics of the plan.
+    assert said.parts["gradients"] == 10 * 5 * 3
+
+
 def test_blocks_that_are_elsewhere_are_at_rest_and_dense_again():
     model = make_model("opt")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -63,7 +121,8 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[3])
 from transformers import AutoModelForCausalLM, OPTConfig
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.forecast import Workload, forecast
+from sgpt_lightning.calibration.forecast import forecast
+from sgpt_lightning.calibration.workload import Workload
 from sgpt_lightning.evaluation.peak_memory import peak_memory
 from sgpt_lightning.recipe import Recipe
 
