@@ -119,8 +119,8 @@ def forecast(
         tier = _tier_of(work.activations)
         calibration = calibration_for(work.mode, model, recipe, storage_dtype, work.tf32_moments, activations=tier)
         decoder = calibration.plans.decoder
-        tried = range(len(decoder.blocks) if work.mode == "one-shot" else min(TRIED_BLOCKS, len(decoder.blocks)))
-        with _undone(model, [f"{decoder.name(block)}." for block in tried], meter):
+        tried = [f"{name}." for name in decoder.names[:TRIED_BLOCKS]]
+        with _undone(model, tried, meter):
             return _try(calibration, model, probed, work, meter, storage_dtype)
 
 
@@ -141,9 +141,9 @@ def _try(
     embeddings = _try_embeddings(model, plans, probed, meter)
     solved, runs = _try_stages(calibration, probed, meter)
     blocks = len(plans.decoder.blocks)
-    alike = 1.0 if work.mode == "one-shot" else blocks_alike(plans.linears, blocks)
+    alike = blocks_alike(plans.linears, blocks)
     budget = calibration.plans.budget.state()["bits"]  # what is entropy-coded meets it, whatever the first blocks took
-    last = plans.linears(min(TRIED_BLOCKS, blocks) - 1 if alike > 1 else None)
+    last = plans.linears(min(TRIED_BLOCKS, blocks) - 1)
     packed = alike * sum(solved[name].packed.nbytes for name in last if name not in budget)
     packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
     result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
