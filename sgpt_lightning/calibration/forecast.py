@@ -21,6 +21,7 @@ from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings
 from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.meter import Meter
+from sgpt_lightning.calibration.perplexity_by_block import add_batches
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.schedules import calibration_for
 from sgpt_lightning.calibration.sequential import SequentialCalibration
@@ -30,6 +31,7 @@ from sgpt_lightning.calibration.workload import (
     Workload,
     blocks_alike,
     bytes_later,
+    gradients_together,
     seconds_by_part,
 )
 from sgpt_lightning.checkpoint.contents import unpacked_contents
@@ -110,18 +112,27 @@ def forecast(
     device = probed[0]["input_ids"].device
     meter = Meter(device)
     with evaluation_mode(model):
-        metric = Perplexity().to(device)
-        for _ in range(2 if work.evaluation_batches else 0):  # the first takes what libraries keep
-            meter.stage("evaluate")
-            with torch.no_grad():
-                add_batch(metric, model, probed[0])
-        meter.end()
+        if work.evaluation_batches:
+            _try_evaluation(model, probed, meter)
         tier = _tier_of(work.activations)
         calibration = calibration_for(work.mode, model, recipe, storage_dtype, work.tf32_moments, activations=tier)
         decoder = calibration.plans.decoder
         tried = [f"{name}." for name in decoder.names[:TRIED_BLOCKS]]
         with _undone(model, tried, meter):
             return _try(calibration, model, probed, work, meter, storage_dtype)
+
+
+def _try_evaluation(model: nn.Module, probed: Sequence[Mapping[str, Tensor]], meter: Meter) -> None:
+    """Measure one batch twice, since the first takes what libraries keep; all of them where blocks come and go."""
+    metric = Perplexity().to(meter.device)
+    for shown in (probed[:1], probed if placement_of(model).moves else probed[:1]):
+        meter.stage("evaluate")
+        with torch.no_grad():
+            if placement_of(model).moves:
+                add_batches(metric, model, shown, "device")
+            else:
+                add_batch(metric, model, shown[0])
+    meter.end()
 
 
 def _tier_of(activations: Activations) -> Activations:
@@ -138,7 +149,7 @@ def _try(
     storage_dtype: torch.dtype,
 ) -> Forecast:
     plans = calibration.plans
-    embeddings = _try_embeddings(model, plans, probed, meter)
+    embeddings = _try_what_is_beside(model, plans, probed, meter)
     solved, runs = _try_stages(calibration, probed, meter)
     blocks = len(plans.decoder.blocks)
     alike = blocks_alike(plans.linears, blocks)
@@ -148,8 +159,10 @@ def _try(
     packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
     result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
     held_back = "gradients" in meter.seconds and placement_of(model).moves
-    seconds = seconds_by_part(meter, work, alike, len(probed), held_back=held_back)
-    later = bytes_later(model, probed, work, plans, runs, held_back=held_back)
+    together = gradients_together(model, plans, probed[0]) if held_back else None
+    once_more = any(recipe.scope == "model" for recipe in plans.recipes.values())
+    seconds = seconds_by_part(meter, work, alike, len(probed), together, once_more=once_more)
+    later = bytes_later(model, probed, work, plans, runs, together)
     for what in ("solve", "solve last", "again", "block"):
         held = {**embeddings, **solved}.values()
         later["cpu"][what] += max(0, int(packed) - sum(one.packed.nbytes for one in held))
@@ -162,14 +175,20 @@ def _try(
     return Forecast(str(meter.device), on_device, on_cpu, disk, result, sum(seconds.values()), seconds)
 
 
-def _try_embeddings(
+def _try_what_is_beside(
     model: nn.Module, plans: Plans, probed: Sequence[Mapping[str, Tensor]], meter: Meter
 ) -> dict[str, SolvedLinear]:
+    """Code embeddings, and bring a block where blocks come and go."""
     counts = TokenCounts()
     for batch in probed:
         counts.add(batch)
     meter.stage("embeddings")
-    return code_embeddings(model, plans, counts)
+    coded = code_embeddings(model, plans, counts)
+    if placement_of(model).moves:
+        meter.stage("fetch")
+        with placement_of(model).at_work(min(TRIED_BLOCKS, len(plans.decoder.blocks)) - 1):
+            meter.end()
+    return coded
 
 
 def _try_stages(

@@ -130,6 +130,7 @@ class GuidedCalibration:
         for shown in self._shown:
             self._text.enter(shown.batch)
         for block in range(len(self.plans.decoder.blocks)):
+            self.announce("gradients")
             with placement_of(self._model).at_work(block):
                 yield self._jobs_of(self._collected(self._text, block), row_weights)
         self._text.clear()
@@ -153,7 +154,6 @@ class GuidedCalibration:
     def _collected(self, text: BatchesByBlock, block: int) -> InputCollector:
         """Carry all batches through a block, and return the statistics of what its linears received."""
         collector = InputCollector(self.plans.linears(block), self._tf32)
-        self.announce("gradients")
 
         def do(index: int, run: Callable[[Tensor], Tensor], entered: Tensor) -> None:
             shown = self._shown[index]

@@ -1,5 +1,6 @@
 """From what a forecast has tried to what a run takes: seconds by batches and blocks, and bytes that come later."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,7 @@ def bytes_later(
     work: Workload,
     plans: Plans,
     runs: int,
-    *,
-    held_back: bool,
+    together: int | None,
 ) -> dict[str, dict[str, int]]:
     """Return the bytes that will come on top of what was tried, by tier and then by its name.
 
@@ -48,20 +48,18 @@ def bytes_later(
         work: how much text there will be.
         plans: what is to be done to it.
         runs: bytes that are kept of an uncompressed block's run, a batch.
-        held_back: whether gradients are taken of several batches together.
+        together: batches of which gradients are taken together; None if there are none, or each is for itself.
     """
     names = ("gradients", "plan", "enter", "block", "again", "solve", "solve last")
     found: dict[str, dict[str, int]] = {tier: dict.fromkeys(names, 0) for tier in ("device", "cpu", "disk")}
     hidden = _hidden_bytes(model, probed[0])
     streams = 2 if any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values()) else 1
     counts = dict.fromkeys(names[2:], streams if work.mode == "sequential" else 0)
-    if held_back:  # what enters every block is kept of some batches
+    if together is not None:  # what enters every block is kept
         counts["gradients"] = len(plans.decoder.blocks) + 2
     device = probed[0]["input_ids"].device
     for what, of_each in counts.items():
-        batches = work.batches
-        if what == "gradients":
-            batches = min(batches, max(1, int(room_for_hidden(model) // max(1, hidden * of_each))))
+        batches = min(work.batches, together) if what == "gradients" and together is not None else work.batches
         more = split_over_tiers(work.activations, device, hidden, of_each * batches)
         for tier, nbytes in more.items():
             found[tier][what] += nbytes if tier == "disk" else max(0, nbytes - len(probed) * of_each * hidden)
@@ -72,23 +70,42 @@ def bytes_later(
     return found
 
 
-def seconds_by_part(meter: Meter, work: Workload, alike: float, probed: int, *, held_back: bool) -> dict[str, float]:
+def gradients_together(model: nn.Module, plans: Plans, batch: Mapping[str, Tensor]) -> int:
+    """Return of how many batches like this one gradients are taken together, where blocks come one at a time."""
+    kept = (len(plans.decoder.blocks) + 2) * _hidden_bytes(model, batch)
+    return max(1, int(room_for_hidden(model) // max(1, kept)))
+
+
+def seconds_by_part(
+    meter: Meter, work: Workload, alike: float, probed: int, together: int | None, *, once_more: bool
+) -> dict[str, float]:
     """Return seconds by part.
 
     Args:
-        meter: what was tried.
+        meter: what was tried; `fetch` is to bring the block that was tried last, where blocks come and go.
         work: how much text there will be.
         alike: as many blocks as that which was tried last are in the model.
         probed: batches that were tried.
-        held_back: whether gradients are taken of several batches together.
+        together: as for `bytes_later`.
+        once_more: whether the batches pass the dense model once more for the plan over the model, where `together`.
     """
-    gradients, again = (meter.seconds.get(what, []) for what in ("gradients", "again"))
-    each = sum(gradients) / probed if held_back else meter.last("gradients")
-    entered = meter.last("block") or meter.last("enter")
+    gradients, again = (sum(meter.seconds.get(what, [])) for what in ("gradients", "again"))
+    entered, fetch = meter.last("block") or meter.last("enter"), alike * meter.last("fetch")
+    # Whatever runs block by block brings the model once more before: see `BlockReplay`.
+    if "fetch" in meter.seconds:  # all batches pass a block that was brought once
+        each = max(0.0, meter.last("evaluate") - 2 * fetch) / probed
+        evaluate = work.evaluation_batches * each + (2 * fetch if work.evaluation_batches else 0.0)
+    else:
+        evaluate = work.evaluation_batches * meter.last("evaluate")
+    if together is None:
+        guided = work.batches * meter.last("gradients")
+    else:
+        each = max(0.0, gradients - (3 + once_more) * fetch) / probed
+        guided = work.batches * each + (1 + 2 * math.ceil(work.batches / together) + once_more) * fetch
     return {
-        "evaluate": 2 * work.evaluation_batches * meter.last("evaluate"),
-        "gradients": work.batches * each + sum(meter.seconds.get("plan", [])) + meter.last("embeddings"),
-        "calibrate": work.batches * (meter.last("enter") + (alike - 1) * entered + alike * sum(again) / probed),
+        "evaluate": 2 * evaluate,
+        "gradients": guided + sum(meter.seconds.get("plan", [])) + meter.last("embeddings"),
+        "calibrate": work.batches * (meter.last("enter") + (alike - 1) * entered + alike * again / probed) + 2 * fetch,
         "solve": alike * sum(sum(meter.seconds.get(what, [])) for what in ("solve", "solve last")),
     }
 
