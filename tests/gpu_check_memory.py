@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.forecast import Workload, forecast
+from sgpt_lightning.calibration.forecast import forecast
+from sgpt_lightning.calibration.workload import Workload
 from sgpt_lightning.evaluation.peak_memory import peak_memory
 from sgpt_lightning.models.placement import BlocksElsewhere
 from sgpt_lightning.recipe import Recipe

@@ -1,67 +1,100 @@
-"""Perplexity one block at a time over all windows: for models whose blocks come to the device one at a time.
+"""Batches through a model one block at a time: for models whose blocks come to the device one at a time.
 
-Each block is brought once for all batches, as in sequential calibration, and not once for each. The logits are those of
-a forward of the whole model, to the last bit.
+Each block is brought once for all batches, as in sequential calibration, and not once for each. Perplexity is measured
+so (`perplexity_by_block.py`), gradients are taken so (`gradients_by_block.py`), and a plan for the whole model gathers
+its statistics so. Hidden states and logits are those of a forward of the whole model, to the last bit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.hidden_states import Activations, HiddenStates
-from sgpt_lightning.evaluation.perplexity import Perplexity
-from sgpt_lightning.models.batches import forwards, model_inputs
+from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.models.placement import placement_of
-from sgpt_lightning.models.replay import BlockCall, BlockReplay, forwards_replaced
+from sgpt_lightning.models.replay import BlockCall, BlockReplay, forwards_replaced, run_block
+
+BATCHES = "batches"
+"""The stream in which batches enter."""
 
 
-@torch.no_grad()
-def add_batches(
-    metric: Perplexity, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], activations: Activations = "auto"
-) -> None:
-    """Run a model on batches and add them to a perplexity.
+class BatchesByBlock:
+    """Some batches, all as far in a model.
 
     Args:
-        metric: where they are added.
         model: a causal language model in eval mode.
-        batches: `input_ids` int64 `[batch, time]` and, if there is padding, `attention_mask`, on the model's device;
-            cut where their logits need it, see `forwards`.
         activations: where hidden states are between blocks.
     """
-    blocks, placement, hidden = find_decoder_blocks(model).blocks, placement_of(model), HiddenStates(activations)
-    replay = BlockReplay(model, blocks)
-    parts: list[Mapping[str, Tensor]] = []
-    calls: list[Sequence[BlockCall]] = []
-    for batch in batches:
-        for part in forwards(model, batch):
-            entered, call = replay.prologue(part)
-            hidden.put("", len(parts), entered)
-            parts.append(part)
-            calls.append(call)
-    for block in range(len(blocks)):
-        with placement.at_work(block):
-            for index, call in enumerate(calls):
-                entered = hidden.get("", index)
-                hidden.prefetch("", (index + 1) % len(calls))
-                hidden.put("", index, replay.run(block, entered, call[block]))
-    replay.check()
-    for index, cut in enumerate(parts):
-        logits = _behind_blocks(model, blocks, cut, hidden.get("", index), replay.returns_tuple or [])
-        metric.update(logits, cut["input_ids"], cut.get("attention_mask"))
-    hidden.clear()
 
+    def __init__(self, model: nn.Module, activations: Activations = "auto") -> None:
+        self.decoder = find_decoder_blocks(model)
+        self.hidden = HiddenStates(activations)
+        self.parts: list[Mapping[str, Tensor]] = []
+        """What entered, see `enter`."""
+        self._model = model
+        self._placement = placement_of(model)
+        self._replay = BlockReplay(model, self.decoder.blocks)
+        self._calls: list[Sequence[BlockCall]] = []
 
-def _behind_blocks(
-    model: nn.Module, blocks: Sequence[nn.Module], part: Mapping[str, Tensor], left: Tensor, tuples: Sequence[bool]
-) -> Tensor:
-    """Return a model's logits `[batch, time, words]`, given what left its last block, `[batch, time, hidden]`."""
-    called = iter(tuples)
+    def enter(self, part: Mapping[str, Tensor], stream: str = BATCHES) -> None:
+        """Bring one more batch to the entrance of the first block.
 
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        return (left, None) if next(called) else left
+        Args:
+            part: `input_ids` int64 `[batch, time]` and, if there is padding, `attention_mask`, on the model's device;
+                no more than one forward takes, see `forwards`.
+            stream: where its hidden state is put.
+        """
+        entered, calls = self._replay.prologue(part)
+        self.hidden.put(stream, len(self.parts), entered)
+        self.parts.append(part)
+        self._calls.append(calls)
 
-    with forwards_replaced(blocks, lambda forward: stub):
-        return model(**model_inputs(part)).logits
+    def each(self, block: int, do: Callable[..., None], *streams: str) -> None:
+        """Do something with every batch while a block is at work.
+
+        Args:
+            block: which one.
+            do: called with the batch's index, a function that runs the block on a hidden state
+                `[batch, time, hidden]`, and the hidden states of the batch.
+            streams: of these hidden states.
+        """
+        with self._placement.at_work(block):
+            for index, calls in enumerate(self._calls):
+                hidden = [self.hidden.get(stream, index) for stream in streams]
+                for stream in streams:
+                    self.hidden.prefetch(stream, index + 1)
+                do(index, self._running(block, calls[block]), *hidden)
+
+    def carry(self, block: int) -> None:
+        """Carry all batches through a block."""
+
+        def do(index: int, run: Callable[[Tensor], Tensor], entered: Tensor) -> None:
+            self.hidden.put(BATCHES, index, run(entered))
+
+        self.each(block, do, BATCHES)
+
+    def logits(self, index: int, left: Tensor) -> Tensor:
+        """Return a batch's logits `[batch, time, words]`, given what left the last block, `[batch, time, hidden]`."""
+        called = iter(self._replay.returns_tuple or [])
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            return (left, None) if next(called) else left
+
+        with forwards_replaced(self.decoder.blocks, lambda forward: stub):
+            return self._model(**model_inputs(self.parts[index])).logits
+
+    def clear(self) -> None:
+        """Let go of all batches.
+
+        Raises:
+            RuntimeError: the blocks were called with arguments that depend on the tokens after all.
+        """
+        self.hidden.clear()
+        self.parts.clear()
+        self._calls.clear()
+        self._replay.check()
+
+    def _running(self, block: int, call: BlockCall) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: run_block(self.decoder.blocks[block], hidden, call)

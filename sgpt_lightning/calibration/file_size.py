@@ -80,8 +80,8 @@ def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype, limi
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         shifted = leaf == "bias" and owner in recipes and recipes[owner].solve_parts.centre  # then it is rounded
-        item = min(tensor.element_size(), storage_dtype.itemsize) if shifted else tensor.element_size()
-        total += tensor.numel() * item + entry_bytes(name, tensor.dtype, tensor.shape, limit)
+        item = min(tensor.dtype.itemsize, storage_dtype.itemsize) if shifted else tensor.dtype.itemsize
+        total += math.prod(tensor.shape) * item + entry_bytes(name, tensor.dtype, tensor.shape, limit)
     for name, bits in plans.embeddings.items():
         rows, columns = weight_matrix(model.get_submodule(name)).shape
         total += packed_bytes_at_most(name, (rows, columns), bits, limit)

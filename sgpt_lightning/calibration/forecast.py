@@ -1,57 +1,50 @@
 """What a compression will take, before it is run: memory on the device, on the CPU and on disk, bytes, and time.
 
 Nothing is estimated that can be tried out: the dense model is run on a batch, the gradients (where the recipe uses
-them) on the first batches, and the first block is calibrated, solved and packed, all by the code that does it in
+them) on the first batches, and the first two blocks are calibrated, solved and packed, all by the code that does it in
 earnest, while the most memory that is held is noted. From there it is multiplication: hidden states by batches, results
-by blocks, seconds by both. The block is then what it was before.
+by blocks, seconds by both; of the seconds those of the second block, since the first takes what is done once, and of a
+block's those that grow with the text apart from those that do not. The blocks are then what they were before.
 
 Left out: what libraries, loggers and a Trainer take. On the CPU memory is that of the whole process, others' included.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings
-from sgpt_lightning.calibration.hidden_states import Activations, split_over_tiers
+from sgpt_lightning.calibration.hidden_states import Activations
+from sgpt_lightning.calibration.meter import Meter
+from sgpt_lightning.calibration.perplexity_by_block import add_batches
 from sgpt_lightning.calibration.plan import Plans
-from sgpt_lightning.calibration.schedules import Mode, calibration_for
-from sgpt_lightning.calibration.sequential import KEPT_BYTES, SequentialCalibration
+from sgpt_lightning.calibration.schedules import calibration_for
+from sgpt_lightning.calibration.sequential import SequentialCalibration
 from sgpt_lightning.calibration.stages import Calibration
+from sgpt_lightning.calibration.workload import (
+    TRIED_BLOCKS,
+    Workload,
+    blocks_alike,
+    bytes_later,
+    gradients_together,
+    seconds_by_part,
+)
 from sgpt_lightning.checkpoint.contents import unpacked_contents
 from sgpt_lightning.evaluation.evaluate import add_batch
-from sgpt_lightning.evaluation.peak_memory import peak_memory, return_free_memory
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import evaluation_mode
 from sgpt_lightning.models.blocks import unmark_compressed
-from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.models.placement import placement_of
 from sgpt_lightning.recipe import Recipe
 
 PROBED = 2
 """Batches that are run."""
-CARRIED = 0.5
-"""What carrying a batch through a block takes, of what observing it there does."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How much text a compression is to be run on."""
-
-    batches: int
-    """Of calibration, all as large as those that are tried."""
-    evaluation_batches: int = 0
-    """Of the same size, for each perplexity; there are two."""
-    mode: Mode = "sequential"
-    activations: Activations = "auto"
-    tf32_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,46 +83,6 @@ def _shown(nbytes: int | None) -> str:
     return "not known here" if nbytes is None else f"{nbytes / 1e6:,.1f} MB"
 
 
-class _Meter:
-    """Most memory and time of what is tried, by its name; on the device and of the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, list[float]] = {}
-        self.most: dict[str, dict[str, int | None]] = {}
-
-    @contextmanager
-    def trying(self, what: str) -> Iterator[None]:
-        """Measure the body; memory is the most of all bodies of the name."""
-        self._settle()
-        started = time.perf_counter()
-        with peak_memory("cpu") as host, peak_memory(self.device) as device:
-            yield
-            self._wait()
-        self.seconds.setdefault(what, []).append(time.perf_counter() - started)
-        found = {"cpu": host.nbytes, self.device.type: device.nbytes}
-        before = self.most.get(what, {})
-        self.most[what] = {k: _most(before.get(k), v) if k in before else v for k, v in found.items()}
-
-    def _settle(self) -> None:
-        """Wait for the device, and give the system back what is free: else what was tried before would count twice."""
-        self._wait()
-        return_free_memory()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def peak(self, kind: str, extra: Mapping[str, int]) -> int | None:
-        """Return the most of all that was tried, each with bytes that will come on top of it."""
-        found = [(most[kind], extra.get(what, 0)) for what, most in self.most.items()]
-        return None if None in dict(found) else max((value or 0) + more for value, more in found)
-
-
-def _most(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else max(one, other)
-
-
 def forecast(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
@@ -157,17 +110,29 @@ def forecast(
         raise ValueError("batches must hold at least one batch, got none")
     storage_dtype = storage_dtype or next(model.parameters()).dtype
     device = probed[0]["input_ids"].device
-    meter = _Meter(device)
+    meter = Meter(device)
     with evaluation_mode(model):
-        metric = Perplexity().to(device)
-        for _ in range(2):  # the first takes what libraries keep
-            with meter.trying("evaluate"), torch.no_grad():
-                add_batch(metric, model, probed[0])
+        if work.evaluation_batches:
+            _try_evaluation(model, probed, meter)
         tier = _tier_of(work.activations)
         calibration = calibration_for(work.mode, model, recipe, storage_dtype, work.tf32_moments, activations=tier)
-        blocks = range(len(calibration.plans.decoder.blocks)) if work.mode == "one-shot" else range(1)
-        with _undone(model, [f"{calibration.plans.decoder.name(block)}." for block in blocks]):
+        decoder = calibration.plans.decoder
+        tried = [f"{name}." for name in decoder.names[:TRIED_BLOCKS]]
+        with _undone(model, tried, meter):
             return _try(calibration, model, probed, work, meter, storage_dtype)
+
+
+def _try_evaluation(model: nn.Module, probed: Sequence[Mapping[str, Tensor]], meter: Meter) -> None:
+    """Measure one batch twice, since the first takes what libraries keep; all of them where blocks come and go."""
+    metric = Perplexity().to(meter.device)
+    for shown in (probed[:1], probed if placement_of(model).moves else probed[:1]):
+        meter.stage("evaluate")
+        with torch.no_grad():
+            if placement_of(model).moves:
+                add_batches(metric, model, shown, "device")
+            else:
+                add_batch(metric, model, shown[0])
+    meter.end()
 
 
 def _tier_of(activations: Activations) -> Activations:
@@ -180,49 +145,81 @@ def _try(
     model: nn.Module,
     probed: Sequence[Mapping[str, Tensor]],
     work: Workload,
-    meter: _Meter,
+    meter: Meter,
     storage_dtype: torch.dtype,
 ) -> Forecast:
+    plans = calibration.plans
+    embeddings = _try_what_is_beside(model, plans, probed, meter)
+    solved, runs = _try_stages(calibration, probed, meter)
+    blocks = len(plans.decoder.blocks)
+    alike = blocks_alike(plans.linears, blocks)
+    budget = calibration.plans.budget.state()["bits"]  # what is entropy-coded meets it, whatever the first blocks took
+    last = plans.linears(min(TRIED_BLOCKS, blocks) - 1)
+    packed = alike * sum(solved[name].packed.nbytes for name in last if name not in budget)
+    packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
+    result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
+    held_back = "gradients" in meter.seconds and placement_of(model).moves
+    together = gradients_together(model, plans, probed[0]) if held_back else None
+    once_more = any(recipe.scope == "model" for recipe in plans.recipes.values())
+    seconds = seconds_by_part(meter, work, alike, len(probed), together, once_more=once_more)
+    later = bytes_later(model, probed, work, plans, runs, together)
+    for what in ("solve", "solve last", "again", "block"):
+        held = {**embeddings, **solved}.values()
+        later["cpu"][what] += max(0, int(packed) - sum(one.packed.nbytes for one in held))
+    if meter.device.type == "cuda":
+        on_device, on_cpu = meter.peak("cuda", later["device"]), meter.peak("cpu", later["cpu"])
+    else:
+        both = {what: more + later["cpu"][what] for what, more in later["device"].items()}
+        on_device = on_cpu = meter.peak("cpu", both)
+    disk = max(later["disk"].values()) + result
+    return Forecast(str(meter.device), on_device, on_cpu, disk, result, sum(seconds.values()), seconds)
+
+
+def _try_what_is_beside(
+    model: nn.Module, plans: Plans, probed: Sequence[Mapping[str, Tensor]], meter: Meter
+) -> dict[str, SolvedLinear]:
+    """Code embeddings, and bring a block where blocks come and go."""
     counts = TokenCounts()
     for batch in probed:
         counts.add(batch)
-    plans = calibration.plans
-    with meter.trying("embeddings"):
-        embeddings = code_embeddings(model, plans, counts)
+    meter.stage("embeddings")
+    coded = code_embeddings(model, plans, counts)
+    if placement_of(model).moves:
+        meter.stage("fetch")
+        with placement_of(model).at_work(min(TRIED_BLOCKS, len(plans.decoder.blocks)) - 1):
+            meter.end()
+    return coded
+
+
+def _try_stages(
+    calibration: Calibration, probed: Sequence[Mapping[str, Tensor]], meter: Meter
+) -> tuple[dict[str, SolvedLinear], int]:
+    """Run the stages that are tried; return what they solved, and what is kept of an uncompressed block's run, a batch.
+
+    What is measured: `gradients` and `plan`; `enter` the first block, `block` and `again` for each batch, and `solve`,
+    for the last group of a block `solve last`.
+    """
     solved: dict[str, SolvedLinear] = {}
-    blocks = len(plans.decoder.blocks)
+    runs, first = 0, True
     for epoch, stage in enumerate(calibration.stages):
-        name = "block" if stage.blocks else "gradients"
+        inner = getattr(calibration, "_next", calibration)
+        if not stage.blocks:
+            calibration.announce = meter.begin
+        inner.announce = meter.begin
+        for name in ("again", "solve", "solve last"):
+            meter.seconds.pop(name, None)  # the last block counts
+        what = "gradients" if not stage.blocks else "enter" if first else "block"
         for index, batch in enumerate(probed):
-            with meter.trying(name):
-                calibration.observe(epoch, index, batch)
-        runs = _dense_runs(calibration)
-        with meter.trying(f"solve {name}"):
-            solved |= calibration.finish(epoch)
-        if stage.blocks:
+            (meter.begin if index else meter.stage)(what)
+            calibration.observe(epoch, index, batch)
+        runs = max(runs, _dense_runs(calibration))
+        meter.begin("solve" if stage.blocks else "plan")
+        solved |= calibration.finish(epoch)
+        meter.end()
+        first = first and not stage.blocks
+        if stage.blocks >= TRIED_BLOCKS:
             break
-    streams = 2 if any(plan.solve_parts.alpha > 0 for plan in plans.recipes.values()) else 1
-    hidden = _hidden_bytes(model, probed[0]) if work.mode == "sequential" else 0
-    share = 1.0 if work.mode == "one-shot" else _share_of_first(plans.linears, blocks)
-    budget = calibration.plans.budget.state()["bits"]  # what is entropy-coded meets it, whatever the first block took
-    packed = sum(linear.packed.nbytes for name, linear in solved.items() if name not in budget) / share
-    packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
-    result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
-    tiers = split_over_tiers(work.activations, meter.device, hidden, streams * work.batches)
-    left_out = {tier: max(0, nbytes - len(probed) * streams * hidden) for tier, nbytes in tiers.items()}
-    runs_more = max(0, min(KEPT_BYTES, runs * work.batches) - min(KEPT_BYTES, runs * len(probed)))
-    # The uncompressed block's runs are gone when the last group is solved, which is where most memory is held.
-    later = {"block": runs_more, "solve block": 0}
-    seconds = _seconds(meter, work, share, groups=len(calibration.stages[epoch].groups))
-    if meter.device.type == "cuda":
-        on_device = meter.peak("cuda", {name: more + left_out["device"] for name, more in later.items()})
-        on_cpu = meter.peak("cpu", dict.fromkeys(later, left_out["cpu"] + int(packed)))
-    else:
-        held = left_out["device"] + left_out["cpu"] + int(packed)
-        on_device = on_cpu = meter.peak("cpu", {name: more + held for name, more in later.items()})
-    return Forecast(
-        str(meter.device), on_device, on_cpu, tiers["disk"] + result, result, sum(seconds.values()), seconds
-    )
+    return solved, runs
 
 
 def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:
@@ -232,40 +229,9 @@ def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> i
     for name, tensor in rest.items():
         owner, _, leaf = name.rpartition(".")
         rounded = leaf == "bias" and owner in plans.recipes and plans.recipes[owner].solve_parts.centre
-        item = min(tensor.element_size(), storage_dtype.itemsize) if rounded else tensor.element_size()
-        total += tensor.numel() * item
+        item = min(tensor.dtype.itemsize, storage_dtype.itemsize) if rounded else tensor.dtype.itemsize
+        total += math.prod(tensor.shape) * item
     return total
-
-
-def _seconds(meter: _Meter, work: Workload, share: float, groups: int) -> dict[str, float]:
-    """Return seconds by part; the last of what was tried several times counts, the first takes what is done once.
-
-    A block runs on the batches once for each group of linears, the first time while it is observed, and once more to
-    carry them on, which takes about half of that: nothing is watched, and there is no uncompressed block beside.
-    """
-
-    def last(what: str) -> float:
-        return meter.seconds.get(what, [0.0])[-1]
-
-    return {
-        "evaluate": 2 * work.evaluation_batches * last("evaluate"),
-        "gradients": work.batches * last("gradients") + last("solve gradients") + last("embeddings"),
-        "calibrate": work.batches * last("block") * (groups + CARRIED) / share,
-        "solve": max(last("solve block") - PROBED * (groups - 1) * last("block"), 0.0) / share,
-    }
-
-
-def _share_of_first(linears: Callable[[int | None], Mapping[str, nn.Module]], blocks: int) -> float:
-    """Return the part of all weights that are to be solved that the first block has."""
-    counts = [sum(weight_matrix(linear).numel() for linear in linears(block).values()) for block in range(blocks)]
-    return counts[0] / sum(counts) if counts[0] else 1 / blocks
-
-
-def _hidden_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Return the bytes of the hidden state of one batch."""
-    config: Any = getattr(model, "config", None)
-    width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or 0
-    return batch["input_ids"].numel() * width * next(model.parameters()).element_size()
 
 
 def _dense_runs(calibration: Calibration) -> int:
@@ -277,7 +243,7 @@ def _dense_runs(calibration: Calibration) -> int:
 
 
 @contextmanager
-def _undone(model: nn.Module, prefixes: Sequence[str]) -> Iterator[None]:
+def _undone(model: nn.Module, prefixes: Sequence[str], meter: Meter) -> Iterator[None]:
     """Give a model's blocks, by the beginnings of their names, their weights back, and take the mark away."""
 
     def weights() -> dict[str, Tensor]:
@@ -285,6 +251,7 @@ def _undone(model: nn.Module, prefixes: Sequence[str]) -> Iterator[None]:
         return {name: value for name, value in state if name.startswith(tuple(prefixes)) and not value.is_meta}
 
     kept = {name: tensor.to("cpu", copy=True) for name, tensor in weights().items()}
+    meter.aside = sum(tensor.nbytes for tensor in kept.values())
     try:
         yield
     finally:

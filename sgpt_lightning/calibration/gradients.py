@@ -6,7 +6,8 @@ taken as independent; compare the empirical Fisher of WoodFisher, arXiv 2004.143
 differ by orders of magnitude between rows and between linears, so they tell where zeros and bits are cheap.
 
 Going backwards needs what each block computed forwards. Where that is too much to keep, only what enters the blocks is
-kept, and each block runs once more when its turn comes (Chen et al., arXiv 1604.06174).
+kept, and each block runs once more when its turn comes (Chen et al., arXiv 1604.06174). Blocks that come to the device
+one at a time are run by `gradients_by_block.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,18 +37,9 @@ class OutputGradients:
         model: a causal language model in eval mode, with `get_input_embeddings`; its parameters get no gradients.
         linears: the linears to watch, by name.
         blocks: its decoder blocks, which run twice where memory would not hold them all.
-        one_block: run them twice whatever they take, since they come to the device one at a time.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        linears: Mapping[str, nn.Module],
-        blocks: Sequence[nn.Module] = (),
-        *,
-        one_block: bool = False,
-    ) -> None:
-        self._kept_bytes = -1 if one_block else KEPT_BYTES
+    def __init__(self, model: Any, linears: Mapping[str, nn.Module], blocks: Sequence[nn.Module] = ()) -> None:
         self._model = model
         self._linears = linears
         self._blocks = blocks
@@ -77,18 +69,15 @@ class OutputGradients:
         ]
         kept = batch["input_ids"].numel() * self._token_bytes
         try:
-            with torch.enable_grad(), _run_twice(self._blocks) if kept > self._kept_bytes else nullcontext():
-                logits = self._model(**model_inputs(batch)).logits[:, :-1].float()
-                labels = batch["input_ids"][:, 1:]
-                mask = batch.get("attention_mask")
-                if mask is not None:
-                    labels = labels.masked_fill(mask[:, 1:] == 0, -100)
-                loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-                torch.autograd.grad(loss, entered)
+            with torch.enable_grad(), _run_twice(self._blocks) if kept > KEPT_BYTES else nullcontext():
+                torch.autograd.grad(summed_loss(self._model(**model_inputs(batch)).logits, batch), entered)
         finally:
             for handle in handles:
                 handle.remove()
-        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
+        self._count(batch)
+
+    def end(self) -> None:
+        """Run the model on what was taken in and held back: nothing, here."""
 
     def check(self) -> None:
         """Raise ValueError, naming linear and batch, if a linear received NaN or inf."""
@@ -113,16 +102,33 @@ class OutputGradients:
             raise ValueError(f"the gradient of the loss at {name} holds NaN or inf; switch the part `gradients` off")
         return weights
 
-    def _watch(self, name: str, batch_index: int) -> Any:
-        def backward(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().flatten(0, -2).sum(0)
-            self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
+    def _count(self, batch: Mapping[str, Tensor]) -> None:
+        mask = batch.get("attention_mask")
+        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
 
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares = gradient.detach().float().square().flatten(0, -2).sum(0)
+        self._sums[name] = squares if name not in self._sums else self._sums[name] + squares
+
+    def _watch(self, name: str, batch_index: int) -> Any:
         def forward(module: nn.Module, args: Any, output: Tensor) -> None:
             self._finite.note(name, batch_index, torch.isfinite(args[0].detach()).all())
-            output.register_hook(backward)
+            output.register_hook(partial(self._add, name))
 
         return forward
+
+
+def summed_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the next-token cross-entropy of a batch, summed over its real tokens.
+
+    Args:
+        logits: `[batch, time, words]`.
+        batch: `input_ids` int64 `[batch, time]` and optionally `attention_mask`.
+    """
+    labels, mask = batch["input_ids"][:, 1:], batch.get("attention_mask")
+    if mask is not None:
+        labels = labels.masked_fill(mask[:, 1:] == 0, -100)
+    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def _run_twice(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:

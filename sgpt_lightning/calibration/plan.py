@@ -10,10 +10,10 @@ programming over budget units (`allocation.py`).
 Every point is priced in true bits: codes, mask, ranges, offsets and the width of each row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from sgpt_lightning.recipe import Recipe
 SPARSITIES = (0.0, 0.2, 0.35, 0.5, 0.65)
 POINTS_PER_BIT = 8
 TRIAL_BITS = 3
+Choices = TypeVar("Choices")
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,21 @@ class _Point(NamedTuple):
     recipe: Recipe
 
 
-def plan_model(jobs: Mapping[str, LinearJob], ranks: Ranks = ALONE) -> dict[str, Recipe]:
+class _Offer(NamedTuple, Generic[Choices]):
+    """What the plan over the model has to know of one linear; small, whatever the linear is."""
+
+    budget: float
+    """Bits that the recipe allows for it."""
+    weights: int
+    choices: Choices
+
+
+def plan_model(some: Iterable[Mapping[str, LinearJob]], ranks: Ranks = ALONE) -> dict[str, Recipe]:
     """Choose sparsity and mean bits for every linear.
 
     Args:
-        jobs: the linears, by name; those that share an input beside each other.
+        some: the linears, by name, those that share an input beside each other; all, or some at a time, of which
+            nothing is held when the next are asked for.
         ranks: the processes that hold the statistics; the choice is the same on all.
 
     Returns:
@@ -98,26 +109,27 @@ def plan_model(jobs: Mapping[str, LinearJob], ranks: Ranks = ALONE) -> dict[str,
     Raises:
         ValueError: the budget is below what the cheapest choice for every linear takes.
     """
-    points: dict[str, list[_Point]] = {}
-    with ranks.outcome():
-        for name, job, inputs in _own(jobs):
-            with _unless_it_will_be_rounded(job):
-                points[name] = _points(name, job, inputs)
-    points = ranks.merge(points, list(jobs))
-    budget = sum(_budget(jobs[name]) for name in points)
-    least = sum(min(point.bits for point in offers) for offers in points.values())
-    weights = sum(jobs[name].weight.numel() for name in points)
+    alone: dict[str, Recipe] = {}
+
+    def noted(jobs: Mapping[str, LinearJob]) -> Mapping[str, LinearJob]:
+        alone.update({name: replace(job.recipe, scope="layer", allocation="rows") for name, job in jobs.items()})
+        return jobs
+
+    offers = _offers(map(noted, some), _points, ranks)
+    points = {name: offer.choices for name, offer in offers.items()}
+    budget = sum(offer.budget for offer in offers.values())
+    least = sum(min(point.bits for point in choices) for choices in points.values())
+    weights = sum(offer.weights for offer in offers.values())
     if least > budget:
         raise ValueError(
             f"target_bits_per_weight must be at least {least / weights:.3f} for this model and these widths, "
             f"got {budget / weights:.3f}"
         )
     chosen = choose_points(
-        [np.array([point.bits for point in offers]) for offers in points.values()],
-        [np.array([point.loss for point in offers]) for offers in points.values()],
+        [np.array([point.bits for point in choices]) for choices in points.values()],
+        [np.array([point.loss for point in choices]) for choices in points.values()],
         budget,
     )
-    alone = {name: replace(job.recipe, scope="layer", allocation="rows") for name, job in jobs.items()}
     return alone | {name: points[name][index].recipe for name, index in zip(points, chosen, strict=True)}
 
 
@@ -140,25 +152,41 @@ def _unless_it_will_be_rounded(job: LinearJob) -> Iterator[None]:
             raise
 
 
-def plan_rates(jobs: Mapping[str, LinearJob], ranks: Ranks = ALONE) -> dict[str, float]:
+def plan_rates(some: Iterable[Mapping[str, LinearJob]], ranks: Ranks = ALONE) -> dict[str, float]:
     """Choose the true bits of every linear whose codes are entropy-coded.
 
     Args:
-        jobs: the linears, by name; those that share an input beside each other.
+        some: as for `plan_model`.
         ranks: the processes that hold the statistics; the choice is the same on all.
 
     Raises:
         ValueError: the budget is below what all linears take at the least.
     """
-    curves: dict[str, RateCurve] = {}
-    with ranks.outcome():
-        for name, job, inputs in _own(jobs):
-            relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
-            with _unless_it_will_be_rounded(job):
-                problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
-                curves[name] = rate_curve(rate_problem(problem), mean, coded_size)
-    curves = ranks.merge(curves, list(jobs))
-    return rates_at_one_price(curves, sum(_budget(jobs[name]) for name in curves)) if curves else {}
+    offers = _offers(some, _curve, ranks)
+    curves = {name: offer.choices for name, offer in offers.items()}
+    return rates_at_one_price(curves, sum(offer.budget for offer in offers.values())) if curves else {}
+
+
+def _offers(
+    some: Iterable[Mapping[str, LinearJob]], choices: Callable[[str, LinearJob, SharedInput], Choices], ranks: Ranks
+) -> dict[str, _Offer[Choices]]:
+    """Return what each linear is offered, in order; those that will be rounded are missing."""
+
+    def offers_of(jobs: Mapping[str, LinearJob]) -> dict[str, _Offer[Choices]]:
+        own: dict[str, _Offer[Choices]] = {}
+        with ranks.outcome():
+            for name, job, inputs in _own(jobs):
+                with _unless_it_will_be_rounded(job):
+                    own[name] = _Offer(_budget(job), job.weight.numel(), choices(name, job, inputs))
+        return ranks.merge(own, list(jobs))
+
+    return {name: offer for offers in map(offers_of, some) for name, offer in offers.items()}
+
+
+def _curve(name: str, job: LinearJob, inputs: SharedInput) -> RateCurve:
+    relative, mean = relative_weights(job.row_weights, job.weight), float(job.row_weights.mean())
+    problem = pose_dense(LinearToSolve(job.weight, name, relative), inputs, job.recipe)
+    return rate_curve(rate_problem(problem), mean, coded_size)
 
 
 def _budget(job: LinearJob) -> float:

@@ -33,13 +33,7 @@ def calibration_for(
     """Make the calibration called `mode`; the arguments are those of `compress`, and the processes of the run."""
     check_choice("calibration", mode, Mode)
     check_choice("activations", activations, Activations)
-    moves = placement_of(model).moves
-    if recipe.scope == "model" and moves:
-        raise ValueError(
-            "scope model holds the statistics of all linears at once, offloaded blocks are there one at a time: "
-            "set recipe.scope to layer, or offload to none"
-        )
-    if ranks.size > 1 and moves:
+    if ranks.size > 1 and placement_of(model).moves:
         raise ValueError(f"offloaded blocks are for one process, got {ranks.size}: set offload to none")
     plans = replace(plan_linears(model, recipe, storage_dtype), ranks=ranks)
 
@@ -49,5 +43,5 @@ def calibration_for(
         return SequentialCalibration(model, plans, storage_dtype, tf32_moments, activations)
 
     if recipe.scope == "model" or any(plan.uses_gradients for plan in plans.recipes.values()):
-        return GuidedCalibration(model, recipe, plans, start, tf32_moments)
+        return GuidedCalibration(model, recipe, plans, start, tf32_moments, activations)
     return start(plans)

@@ -23,6 +23,7 @@ from sgpt_lightning.calibration.collector import (
     watched_inputs,
 )
 from sgpt_lightning.calibration.hidden_states import Activations, HiddenStates
+from sgpt_lightning.calibration.meter import Announce, nobody
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.calibration.solving import check_everywhere, check_stored, solve_linears
@@ -51,6 +52,7 @@ class SequentialCalibration:
         tf32: bool = False,
         activations: Activations = "auto",
     ) -> None:
+        self.announce: Announce = nobody
         self._model = model
         self._decoder = plans.decoder
         self._replay = BlockReplay(model, self._decoder.blocks)
@@ -94,13 +96,16 @@ class SequentialCalibration:
         solved: dict[str, SolvedLinear] = {}
         groups = self.stages[epoch].groups
         for position, names in enumerate(groups):
+            last = position + 1 == len(groups)
             if position:
+                self.announce("again")
                 self._collector = self._watching(epoch, names)
                 with ranks.outcome():
                     for batch_index in range(len(self._calls)):
                         entered = self._entered(batch_index)
-                        self._collect(epoch, batch_index, entered, last=position + 1 == len(groups))
+                        self._collect(epoch, batch_index, entered, last=last)
                     self._check_inputs()
+            self.announce("solve last" if last else "solve")
             solved |= solve_linears(self._collector.linears, self._collector, self.plans, self._storage_dtype)
         linears = self.plans.linears(epoch)
         with ranks.outcome():
@@ -227,6 +232,7 @@ class SequentialCalibration:
             self._dense_runs.pop(batch_index, None)
         return DenseReference(run.inputs, run.stream, stream)
 
+    @torch.no_grad()
     def _run_dense(
         self, epoch: int, batch_index: int, linears: Mapping[str, nn.Module], *, to_its_end: bool
     ) -> "_DenseRun":

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from sgpt_lightning.calibration.meter import Announce
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.progress import Progress
 from sgpt_lightning.format.records import SolvedLinear
@@ -32,6 +33,8 @@ class Calibration(Protocol):
 
     plans: Plans
     """What is to be done to each linear."""
+    announce: Announce
+    """Told, while `finish` runs, what of it begins: see `forecast.py`, which alone wants to know."""
 
     @property
     def stages(self) -> Sequence[Stage]:

@@ -5,10 +5,16 @@ else is stored as it is, in the storage dtype where that loses nothing. Small ta
 (rotary angles) are stored too, under the names of their buffers. Tensors that the model ties are stored once, under the
 name of the packed one or else the first.
 
+Of a model whose blocks are not in memory, what is left unpacked is read again each time that it is asked for, and let
+go of: to know its dtype, to write it, and to check what was written.
+
 Whoever plans for a size of the file (`calibration/checks.py`) asks here before anything is solved.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +25,42 @@ from sgpt_lightning.models.linears import is_conv1d, weight_matrix
 from sgpt_lightning.models.placement import in_memory
 
 
+class Content(NamedTuple):
+    """A tensor of the file, which is made when it is asked for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    finite: bool
+    make: Callable[[], Tensor]
+    """Returns it, on the CPU and contiguous."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor, make: Callable[[], Tensor]) -> "Content":
+        """Describe what `make` returns, given it once."""
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        return cls(tensor.shape, tensor.dtype, finite, make)
+
+
 def contents(
     model: nn.Module, solved: Mapping[str, SolvedLinear], storage_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the file by name, on the CPU, and the aliases of tied ones.
+) -> tuple[dict[str, Content], dict[str, str]]:
+    """Return the tensors of the file by name, and the aliases of tied ones.
 
     Raises:
         ValueError: a tensor holds NaN or infinite values.
     """
     rest, aliases = unpacked_contents(model, solved, storage_dtype)
     tensors = {
-        f"{owner}.{part}": tensor for owner, linear in solved.items() for part, tensor in linear.packed.tensors.items()
-    }
-    tensors |= {name: tensor.cpu().contiguous() for name, tensor in rest.items()}
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        f"{owner}.{part}": Content.of(tensor, tensor.contiguous)
+        for owner, linear in solved.items()
+        for part, tensor in linear.packed.tensors.items()
+    } | rest
+    odd = [name for name, content in tensors.items() if not content.finite]
     if odd:
         raise ValueError(f"a model with NaN or infinite values is not saved; they are in {', '.join(odd)}")
     return tensors, aliases
@@ -66,8 +94,8 @@ def check_names(model: nn.Module, solved: Mapping[str, SolvedLinear]) -> None:
 
 def unpacked_contents(
     model: nn.Module, packed: Collection[str], storage_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what is stored beside packed weights, where it is and as it is stored, and the aliases of tied tensors.
+) -> tuple[dict[str, Content], dict[str, str]]:
+    """Return what is stored beside packed weights, as it is stored, and the aliases of tied tensors.
 
     Args:
         model: the model.
@@ -75,12 +103,9 @@ def unpacked_contents(
         storage_dtype: dtype for what it loses nothing of.
     """
     weights = {f"{name}.weight" for name in packed}
-    state = {
-        name: tensor if name in weights else in_memory(model, name, tensor)
-        for name, tensor in model.state_dict().items()
-    }
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     first_name = {_place(state[name]): name for name in state if name in weights and not state[name].is_meta}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Content] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
         if name in weights:
@@ -89,16 +114,24 @@ def unpacked_contents(
         if first != name:
             aliases[name] = first
         else:
-            tensors[name] = _smallest_lossless(tensor.detach(), storage_dtype)
-    return tensors | {name: table.detach() for name, table in stored_tables(model).items()}, aliases
+            make = partial(_stored, model, name, tensor.detach(), storage_dtype)
+            tensors[name] = Content.of(make(), make)
+    tables = stored_tables(model).items()
+    return tensors | {name: Content.of(t, partial(_on_cpu, t.detach())) for name, t in tables}, aliases
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape
+    return id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape
 
 
-def _smallest_lossless(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or tensor.element_size() <= storage_dtype.itemsize:
-        return tensor
-    small = tensor.to(storage_dtype)
-    return small if torch.equal(small.to(tensor.dtype), tensor) else tensor
+def _stored(model: nn.Module, name: str, tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a model as it is stored: in the storage dtype, if that is smaller and loses nothing."""
+    tensor = in_memory(model, name, tensor)
+    if tensor.is_floating_point() and tensor.element_size() > storage_dtype.itemsize:
+        small = tensor.to(storage_dtype)
+        tensor = small if torch.equal(small.to(tensor.dtype), tensor) else tensor
+    return _on_cpu(tensor)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous()

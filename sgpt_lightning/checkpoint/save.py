@@ -11,6 +11,8 @@ Where sgpt_lightning is not imported, transformers does not know the format: it 
 there is no `model.safetensors`, and `transformers_weights` in `config.json`, where it looks for the name of the
 weights, says what to do instead. `resident` is there to be overridden, by `from_pretrained(..., resident="coded")`.
 
+Of a model whose blocks are elsewhere no more is in memory at one time than is packed, and what one file holds besides.
+
 Reading is `reading.py`'s and `load.py`'s, replacing a directory `format/directory.py`'s.
 """
 
@@ -25,9 +27,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from sgpt_lightning.checkpoint.contents import check_names, contents
+from sgpt_lightning.checkpoint.contents import Content, check_names, contents
 from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.format.description import (
     CONFIG,
@@ -156,14 +158,18 @@ def generation_text(generation_config: Any) -> str:
     return generation_config.to_json_string()
 
 
-def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> str:
-    """Write tensors to one file, or past a size to several and an index; return the name of the file or the index."""
+def write_weights(directory: Path, tensors: Mapping[str, Content], max_shard_size: int | str) -> str:
+    """Write tensors to one file, or past a size to several and an index; return the name of the file or the index.
+
+    Those of one file are made together, and let go of before the next.
+    """
+    sizes = {name: torch.empty(content.shape, dtype=content.dtype, device="meta") for name, content in tensors.items()}
     split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern="sgpt{suffix}.safetensors", max_shard_size=max_shard_size
+        sizes, filename_pattern="sgpt{suffix}.safetensors", max_shard_size=max_shard_size
     )
     try:
         for filename, names in split.filename_to_tensors.items():
-            save_file({name: tensors[name] for name in names}, directory / filename, metadata={"format": "pt"})
+            save_file({name: tensors[name].make() for name in names}, directory / filename, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{filename} was not written ({error})") from error
     if not split.is_sharded:
@@ -184,7 +190,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _ledger(
-    directory: Path, model: nn.Module, tensors: dict[str, Tensor], solved: Mapping[str, SolvedLinear]
+    directory: Path, model: nn.Module, tensors: Mapping[str, Content], solved: Mapping[str, SolvedLinear]
 ) -> Ledger:
     linears = find_decoder_blocks(model).linears()
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -192,12 +198,12 @@ def _ledger(
     embeddings |= {name for name, module in model.named_modules() if module is head}
     sizes = {"linears": 0, "embeddings": 0, "other": 0}
     kinds: Counter[str] = Counter()
-    for name, tensor in tensors.items():
+    for name, content in tensors.items():
         owner, _, leaf = name.rpartition(".")
         part = "linears" if owner in linears and leaf != "bias" else "embeddings" if owner in embeddings else "other"
-        sizes[part] += tensor.nbytes
+        sizes[part] += content.nbytes
         if owner in solved and leaf.startswith("weight_"):
-            kinds[leaf.removeprefix("weight_")] += tensor.nbytes
+            kinds[leaf.removeprefix("weight_")] += content.nbytes
     return Ledger(
         **sizes,
         headers=sum(path.stat().st_size for path in _weight_files(directory)) - sum(sizes.values()),
@@ -207,12 +213,12 @@ def _ledger(
     )
 
 
-def _verify(directory: Path, tensors: dict[str, Tensor]) -> None:
+def _verify(directory: Path, tensors: Mapping[str, Content]) -> None:
     """Read everything back, one tensor at a time, before the directory may take its place."""
     Manifest.read(directory)
     try:
         files = TensorFiles(_weight_files(directory))
-        wrong = [name for name, tensor in tensors.items() if not files.holds(name, tensor)]
+        wrong = [name for name, content in tensors.items() if not files.holds(name, content.make())]
     except ValueError as error:
         raise OSError(f"{directory} did not read back as it was written: {error}") from error
     if wrong or set(files) != set(tensors):

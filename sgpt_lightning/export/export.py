@@ -163,8 +163,8 @@ def _read_packed(path: Path) -> dict[str, PackedWeight]:
 
 def _write_file(path: Path, model: nn.Module) -> None:
     """Write all tensors of the state; the names of tied ones that are left out stand in the metadata."""
-    tensors, aliases = unpacked_contents(model, (), torch.float64)  # smaller than which nothing is made
-    tensors = {name: tensors[name].contiguous() for name in model.state_dict() if name in tensors}
+    found, aliases = unpacked_contents(model, (), torch.float64)  # smaller than which nothing is made
+    tensors = {name: found[name].make() for name in model.state_dict() if name in found}
     try:
         save_file(tensors, path, metadata={"format": "pt", **aliases})
     except SafetensorError as error:
@@ -182,7 +182,7 @@ def _write_directory(directory: Path, model: Any, packing: Packing, storage_dtyp
     state = model.state_dict()
     if packing.schemes:
         rest, _ = unpacked_contents(model, packing.schemes, storage_dtype)
-        state = {name: tensor for name, tensor in rest.items() if name in state} | packing.tensors
+        state = {name: content.make() for name, content in rest.items() if name in state} | packing.tensors
         dense = [name for name in find_linears(model) if name not in packing.schemes]
         model.config.quantization_config = quantization_config(packing, dense)
     model.generation_config = GenerationConfig()  # the model's own is copied: transformers refuses what some publish

@@ -218,7 +218,6 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-@torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Run a block, or a copy of one, on a hidden state `[batch, time, hidden]` and return the next one."""
     if call.hidden_keyword is None:

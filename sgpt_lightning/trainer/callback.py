@@ -1,9 +1,9 @@
 """The Lightning callback: when to watch, when to solve, when to measure, and where the results go.
 
-Epoch k is block k (one epoch in all when calibration is one-shot), after one epoch of gradients where the recipe uses
-them. The solve runs when the last batch of an epoch has ended and not in `on_train_epoch_end`: Lightning validates
-before that hook, so perplexities would lag one block and validation text would leak into the Hessians. Lightning's own
-schedule of validation is off for the same reason; the callback runs the Trainer's validation loop itself.
+Epoch k is block k, after one epoch of gradients where the recipe uses them. The solve runs when the last batch of an
+epoch has ended and not in `on_train_epoch_end`: Lightning validates before that hook, so perplexities would lag one
+block and validation text would leak into the Hessians. Lightning's own schedule of validation is off for the same
+reason; the callback runs the Trainer's validation loop itself.
 
 A checkpoint holds the `RunState` of the last stage that ended, in place of the model's weights. A fit that goes on from
 one starts with the dense model at the epoch behind that stage; where all stages have ended, it passes the last epoch
@@ -58,7 +58,7 @@ class SparseGPTCallback(Callback):
 
     Args:
         recipe: what to do to which linear.
-        calibration: `sequential` (one block per epoch, on the compressed blocks' outputs) or `one-shot` (one epoch).
+        calibration: `sequential` (on the compressed blocks' outputs) or `one-shot` (on the dense model's).
         save_dir: where the compressed model goes; None for `compressed` in the run directory.
         validate_every_block: also measure perplexity after each block.
         tf32_moments: multiply the inputs of a float32 model as TF32 on CUDA; faster, and Hessians are 5e-4 off.

@@ -4,7 +4,8 @@ import itertools
 
 from lightning.pytorch import Trainer
 
-from sgpt_lightning.calibration.forecast import PROBED, Forecast, Workload, forecast
+from sgpt_lightning.calibration.forecast import PROBED, Forecast, forecast
+from sgpt_lightning.calibration.workload import Workload
 from sgpt_lightning.trainer.callback import SparseGPTCallback
 from sgpt_lightning.trainer.data import TextDataModule
 from sgpt_lightning.trainer.module import CausalLMModule

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from sgpt_lightning.calibration.by_block import add_batches
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.hidden_states import Activations, free_bytes
+from sgpt_lightning.calibration.perplexity_by_block import add_batches
 from sgpt_lightning.checkpoint.any_model import load_model
 from sgpt_lightning.checkpoint.streamed import load_streamed
 from sgpt_lightning.checkpoint.tensor_files import TensorFiles

@@ -10,10 +10,16 @@ from models_for_tests import make_batches, make_model
 from runs_for_tests import make_dense_directory
 
 from sgpt_lightning import cli
-from sgpt_lightning.calibration import hidden_states
+from sgpt_lightning.calibration import forecast as forecast_module
+from sgpt_lightning.calibration import gradients_by_block, hidden_states, meter, sequential
+from sgpt_lightning.calibration.by_block import BatchesByBlock
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.forecast import Workload, forecast
+from sgpt_lightning.calibration.forecast import forecast
+from sgpt_lightning.calibration.gradients import OutputGradients
 from sgpt_lightning.calibration.hidden_states import split_over_tiers
+from sgpt_lightning.calibration.schedules import calibration_for
+from sgpt_lightning.calibration.sequential import SequentialCalibration
+from sgpt_lightning.calibration.workload import Workload, gradients_together
 from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.models.placement import BlocksElsewhere
 from sgpt_lightning.recipe import Recipe
@@ -41,6 +47,68 @@ def test_the_bytes_of_the_result_are_known_beforehand_and_the_model_stays_as_it_
     assert str(round(said.result_bytes / 1e6, 1)) in said.lines()
 
 
+@pytest.mark.parametrize(("recipe", "groups"), [("gptq", 1), ("best", 4)])
+def test_what_is_done_once_is_not_multiplied_and_the_text_is_apart_from_the_solve(recipe, groups, monkeypatch):
+    """With a clock that only goes on where it is told to."""
+    now, solves = [0.0], [0]
+
+    def slow(owner, name, seconds):
+        plain = getattr(owner, name)
+
+        def slowly(*args, **kwargs):
+            now[0] += seconds() if callable(seconds) else seconds
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slowly)
+
+    def first_is_slow():
+        solves[0] += 1
+        return 500.0 if solves[0] <= groups else 7.0
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    slow(SequentialCalibration, "_enter", 1.0)
+    slow(SequentialCalibration, "_collect", 2.0)
+    slow(SequentialCalibration, "_carry_on", 3.0)
+    slow(sequential, "solve_linears", first_is_slow)
+    slow(OutputGradients, "observe", 11.0)
+    said = forecast(make_model("opt", num_hidden_layers=5), make_batches(2), RECIPES[recipe], Workload(batches=10))
+    assert said.parts["calibrate"] == 10 * (1.0 + 5 * groups * 2.0 + 4 * 3.0)
+    assert said.parts["solve"] == 5 * groups * 7.0
+    assert said.parts["gradients"] == (10 * 11.0 if recipe == "best" else 0.0)
+
+
+@pytest.mark.parametrize("place", ["none", "cpu"])
+def test_passes_over_the_text_are_foreseen_wherever_blocks_are(place, monkeypatch):
+    """A block takes a batch one second, and three where it has to be brought for it; whole forwards take five."""
+    now, run, observe, bring = [0.0], BatchesByBlock.each, OutputGradients.observe, BlocksElsewhere.bring
+    add_one = forecast_module.add_batch
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+
+    def goes_on(seconds, function, *args):
+        now[0] += seconds
+        return function(*args)
+
+    def brought(self, index):
+        return goes_on(3.0 if index not in self._resting else 0.0, bring, self, index)
+
+    monkeypatch.setattr(BatchesByBlock, "each", lambda self, *args: goes_on(len(self.parts), run, self, *args))
+    monkeypatch.setattr(OutputGradients, "observe", lambda *args: goes_on(15.0, observe, *args))
+    monkeypatch.setattr(forecast_module, "add_batch", lambda *args: goes_on(5.0, add_one, *args))
+    monkeypatch.setattr(BlocksElsewhere, "bring", brought)
+    model, work = make_model("opt", num_hidden_layers=5), Workload(batches=10, evaluation_batches=7)
+    if place == "cpu":
+        BlocksElsewhere(model, "cpu")
+    monkeypatch.setattr(gradients_by_block, "SHARE_OF_MODEL", 0.5)  # then the batches go in some groups
+    said = forecast(model, make_batches(2), RECIPES["coded"], work)
+    plans = calibration_for("sequential", model, RECIPES["coded"], torch.float32).plans
+    together = gradients_together(model, plans, make_batches(1)[0])
+    assert 1 < together < 5
+    # Forwards and backwards for each group, once more for the statistics of the plan, and once to look at the blocks.
+    brings = 0 if place == "none" else 5 * 3 * (2 * -(-10 // together) + 2)
+    assert said.parts["gradients"] == 10 * 5 * 3 + brings
+    assert said.parts["evaluate"] == 2 * (7 * 5 + (0 if place == "none" else 5 * 3 * 2))
+
+
 def test_blocks_that_are_elsewhere_are_at_rest_and_dense_again():
     model = make_model("opt")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -63,7 +131,8 @@ import json, sys, torch
 sys.path.insert(0, sys.argv[3])
 from transformers import AutoModelForCausalLM, OPTConfig
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.calibration.forecast import Workload, forecast
+from sgpt_lightning.calibration.forecast import forecast
+from sgpt_lightning.calibration.workload import Workload
 from sgpt_lightning.evaluation.peak_memory import peak_memory
 from sgpt_lightning.recipe import Recipe
 

@@ -8,8 +8,11 @@ from models_for_tests import make_batches, make_model, make_padded_batches
 from torch import Tensor, nn
 
 import sgpt_lightning.calibration.gradients
+from sgpt_lightning.calibration import gradients_by_block
+from sgpt_lightning.calibration.by_block import BatchesByBlock
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.calibration.gradients import OutputGradients
+from sgpt_lightning.calibration.gradients_by_block import GradientsByBlock
 from sgpt_lightning.models.blocks import find_decoder_blocks
 from sgpt_lightning.recipe import Recipe
 
@@ -81,6 +84,30 @@ def test_blocks_that_run_twice_give_the_same_gradients_and_keep_only_what_enters
     assert all(torch.equal(once[name], twice[name]) for name in once)
     assert few_kept < all_kept / 2
     assert not any("forward" in block.__dict__ for block in decoder.blocks)
+
+
+@pytest.mark.parametrize(("share", "together"), [(0.0, {1}), (0.3, {2, 3}), (100.0, {5})])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gemma2", "falcon"])
+def test_gradients_block_by_block_are_those_of_the_whole_model(family, share, together, monkeypatch):
+    """However many batches are on their way together: each alone, some, or all five."""
+    monkeypatch.setattr(gradients_by_block, "SHARE_OF_MODEL", share)
+    model, batches, runs = make_model(family), make_padded_batches(5), []
+    decoder = find_decoder_blocks(model)
+    whole = OutputGradients(model, decoder.linears())
+    by_block = GradientsByBlock(model, decoder.linears(), BatchesByBlock(model, "disk"))
+    run = BatchesByBlock.each
+    monkeypatch.setattr(BatchesByBlock, "each", lambda self, *args: runs.append(len(self.parts)) or run(self, *args))
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            whole.observe(index, batch)
+            by_block.observe(index, batch)
+        by_block.end()
+    assert max(runs) in together
+    assert sum(runs) == 2 * 2 * 5  # two blocks, forwards and backwards
+    assert by_block.tokens == whole.tokens
+    for name in decoder.linears():
+        assert torch.equal(by_block.row_weights(name), whole.row_weights(name)), name
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_an_error_of_one_output_costs_half_its_row_weight_to_second_order():

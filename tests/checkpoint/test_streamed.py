@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = {
     "best": Recipe(scope="layer"),
     "ignored": Recipe(preset="gptq", ignore=["*.1.*"]),
-    "sized": Recipe(coding="entropy", target_size=75_000, scope="layer", ignore=["*.1.*"]),
+    "sized": Recipe(coding="entropy", target_size=75_000, ignore=["*.1.*"]),
+    "rates": Recipe(coding="entropy", target_bits_per_weight=4.0, embedding_bits=6.0),
+    "planned": Recipe(target_bits_per_weight=3.6, sparsity=0.5, scope="model"),
 }
 
 
@@ -75,6 +77,8 @@ def compressed(directory, model, recipe, mode="sequential"):
         ("gpt2", "best", "one-shot"),
         ("gpt2", "ignored", "sequential"),
         ("opt", "sized", "sequential"),
+        ("llama", "rates", "sequential"),
+        ("opt", "planned", "one-shot"),
     ],
 )
 def test_blocks_from_the_cpu_and_from_files_are_compressed_to_the_same_bytes(family, recipe, mode, tmp_path):
@@ -122,12 +126,6 @@ def test_model_to_leaves_blocks_where_they_are():
     model.to(torch.float64)
     assert model.model.decoder.embed_tokens.weight.dtype == torch.float64
     assert {p.dtype for p in model.model.decoder.layers.parameters()} == {torch.float32}
-
-
-def test_statistics_of_all_linears_are_refused_where_blocks_come_one_at_a_time(tmp_path):
-    model = load_streamed(str(make_directory(tmp_path / "dense", "opt")))
-    with pytest.raises(ValueError, match=r"set recipe\.scope to layer"):
-        compress(model, make_batches(1), Recipe(coding="entropy", target_bits_per_weight=4.0))
 
 
 def test_files_that_do_not_hold_the_model_are_refused_by_name(tmp_path):

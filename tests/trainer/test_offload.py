@@ -1,12 +1,16 @@
 """A fit whose blocks come one at a time, from the CPU or from files: the same file, perplexities and report."""
 
+import re
+import shlex
+
 import pytest
 import torch
 from models_for_tests import make_model, make_padded_batches, make_tokens
+from readme_runs import CUT, ROOT, blocks, cut_down, run_main
 from runs_for_tests import make_dense_directory, make_loader, make_trainer, weight_file
 
 from sgpt_lightning.calibration import hidden_states
-from sgpt_lightning.calibration.by_block import add_batches
+from sgpt_lightning.calibration.perplexity_by_block import add_batches
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.models.placement import BlocksElsewhere, placement_of
@@ -20,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 GPTQ = Recipe(preset="gptq")
+CODED = Recipe(coding="entropy", target_bits_per_weight=5.0)
+"""One budget for the model, by the gradients of its loss."""
 
 
 def fit(root, dense, place, *callbacks, recipe=GPTQ, **settings):
@@ -35,7 +41,7 @@ def dense(tmp_path_factory):
     return make_dense_directory(tmp_path_factory.mktemp("dense") / "dense")
 
 
-@pytest.mark.parametrize("recipe", [GPTQ, Recipe()], ids=["gptq", "gradients"])
+@pytest.mark.parametrize("recipe", [GPTQ, CODED], ids=["gptq", "coded"])
 def test_a_fit_writes_the_same_bytes_and_measures_the_same_wherever_blocks_are(recipe, dense, tmp_path):
     runs = {place: fit(tmp_path / place, dense, place, recipe=recipe) for place in ("none", "cpu", "disk")}
     files = {place: weight_file(tmp_path / place / "out").read_bytes() for place in runs}
@@ -44,6 +50,18 @@ def test_a_fit_writes_the_same_bytes_and_measures_the_same_wherever_blocks_are(r
     for place in ("cpu", "disk"):
         assert files[place] == files["none"]
         assert measured[place] == measured["none"]
+
+
+def test_the_readmes_dry_run_says_what_a_fit_from_files_takes_and_writes_nothing(two_blocks, tmp_path, monkeypatch):
+    (line,) = (line for block in blocks("bash") for line in block.splitlines() if "dry_run" in line)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    with cut_down(two_blocks):
+        run = run_main(*shlex.split(line)[1:], *CUT["fit"], status=0)
+    found = dict(re.findall(r"^(\w[\w ]+?)  +([\d.,]+) (?:MB|s)", run.out, re.MULTILINE))
+    assert found.keys() == {"peak memory of the process", "disk", "compressed weights", "time"}
+    assert float(found["compressed weights"]) < float(found["disk"])  # hidden states besides
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 class _StopError(RuntimeError):

@@ -108,8 +108,9 @@ def written(root):
         (MODEL_SCOPE, "sequential", 1 + 1, 0),
         (SIZED, "sequential", 1 + 2, 1),
         (BEST, "one-shot", 1, 0),
+        (MODEL_SCOPE, "one-shot", 1 + 1, 0),
     ],
-    ids=["two streams", "plan of the model", "size of the file", "one-shot"],
+    ids=["two streams", "plan of the model", "size of the file", "one-shot", "one-shot, block 2"],
 )
 def test_a_run_that_was_stopped_ends_in_the_files_of_one_that_was_not(tmp_path, recipe, mode, epochs, batches):
     whole, parts, seen = tmp_path / "whole", tmp_path / "parts", FirstEpoch()
