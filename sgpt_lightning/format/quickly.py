@@ -86,7 +86,7 @@ def _pruned(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor])
     weight = torch.empty(spec.shape, dtype=torch.float32, device=tensors["values"].device)
     mask = next(kept_of(spec, runs, tensors))
     for rows, keep, found in _spread(tensors["values"].float(), mask, spec.shape):
-        weight[rows] = _by_rows(_zeroed(found, keep), spec.shape[1])
+        _put(weight[rows], _zeroed(found, keep))
     return weight
 
 
@@ -134,7 +134,7 @@ def _fill(part: Tensor, mask: Mask, bits: int, stream: Tensor, scale: Scale) -> 
     table = None if bits > _TABLE_BITS or scale.step.shape[1] > 1 else _table(bits, scale)
     for rows, keep, codes in _spread(stored, mask, (len(part), columns)):
         if table is not None:
-            part[rows] = _by_rows(_looked_up(table[rows], codes, keep), columns)
+            _put(part[rows], _looked_up(table[rows], codes, keep))
             continue
         values = _of_rows(scale, rows).dequantize_(_by_rows(codes, columns).float())
         part[rows] = _zeroed(values, _by_rows(keep, columns))
@@ -187,6 +187,14 @@ def _plane(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Do the same for a mask that is not in bits, bool `[rows, columns]`; `[1, rows, columns]`."""
     keep = kept.to(torch.uint8)
     return keep[None], keep.view(-1).cumsum(0, dtype=torch.int32).sub_(keep.view(-1)).view(keep.shape)[None]
+
+
+def _put(part: Tensor, planes: Tensor) -> None:
+    """Copy `[8, rows, bytes]`, or `[1, rows, columns]`, to `[rows, columns]`."""
+    if part.shape[1] == len(planes) * planes.shape[2]:
+        part.unflatten(1, (len(planes), -1)).copy_(planes.transpose(0, 1))
+    else:
+        part.copy_(_by_rows(planes, part.shape[1]))
 
 
 def _by_rows(planes: Tensor, columns: int) -> Tensor:
