@@ -64,7 +64,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch work in one thread on the CPU: for many small operations between loops of Python.
+    """Let torch work in one thread on the CPU, all of it in this process: for small operations between loops of Python.
 
     Others wait for each of them at a barrier, awake; where cores are shared, that is most of the time. Measured with
     five processes on two cores: 13 s of CPU to load opt-small packed in two threads, 1.2 s in one.

@@ -8,8 +8,10 @@ A masked weight is found by its number among the survivors: those of a byte of t
 bytes before add up to, and within the byte a count runs from bit to bit. Then a table per row has the value of each
 code, and zero for what was removed.
 
-Weights that are not laid in bytes, or not quantized, are left to others.
+Weights that are laid in words, or neither quantized nor masked, are left to others.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,13 +19,13 @@ from torch.nn.functional import pad
 
 from sgpt_lightning.core.grids import Grid, Scale
 from sgpt_lightning.format.fields import block_of, set_values_apart
-from sgpt_lightning.format.layings import BYTE, BYTES, bits_of, lift_bytes
+from sgpt_lightning.format.layings import BYTE, BYTES, bits_of, laying_of, lift_bytes
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.planes import Run
 from sgpt_lightning.format.survivors import Mask, kept_of, stream_of
 
 _AT_ONCE = 1 << 20
-"""Weights that are done at once: what lies between the passes then takes 16 MB at most, and stays in a shared cache."""
+"""Weights that are done at once: what lies between the passes then takes 20 MB at most, and stays in a shared cache."""
 _TABLE_BITS = 6
 """Widest codes whose values a table per row holds."""
 
@@ -36,10 +38,12 @@ def unpack_quickly(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, T
         runs: its runs.
         tensors: of `Resident`, floats as such.
     """
-    if "bytes" not in tensors:
+    if laying_of(tensors) is not BYTES:
         return None
     if spec.layout == "coded":
         return _coded(spec, runs, tensors)
+    if "values" in tensors:
+        return _pruned(spec, runs, tensors)
     dim = 0 if spec.width_axis == "output" else 1
     weight = torch.empty(spec.shape, dtype=torch.float32, device=tensors["bytes"].device)
     masks = None if spec.layout == "dense" else kept_of(spec, runs, tensors)
@@ -76,6 +80,14 @@ def _coded(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]) 
             weight[rows, run.first : run.first + run.channels] = signed
         weight[rows].mul_(tensors["column_factors"]).mul_(tensors["row_factors"][rows, None])
     return set_values_apart(_in_order(weight, tensors.get("order"), 1), tensors)
+
+
+def _pruned(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]) -> Tensor:
+    weight = torch.empty(spec.shape, dtype=torch.float32, device=tensors["values"].device)
+    mask = next(kept_of(spec, runs, tensors))
+    for rows, keep, found in _spread(tensors["values"].float(), mask, spec.shape):
+        _put(weight[rows], _zeroed(found, keep))
+    return weight
 
 
 def _in_order(weight: Tensor, order: Tensor | None, dim: int) -> Tensor:
@@ -118,19 +130,37 @@ def _fill(part: Tensor, mask: Mask, bits: int, stream: Tensor, scale: Scale) -> 
         scale: what they stand for.
     """
     columns = part.shape[1]
-    # One more, for what is behind the last.
-    stored = pad(BYTES.lift_stream(stream, bits, len(stream) // bits * BYTE), (0, 1))
+    stored = BYTES.lift_stream(stream, bits, len(stream) // bits * BYTE)
     table = None if bits > _TABLE_BITS or scale.step.shape[1] > 1 else _table(bits, scale)
-    first = 0
-    for rows in _some_rows(*part.shape):
-        keep, numbers = (_planes if mask.of_bits else _plane)(mask.kept[rows])
-        codes = stored.index_select(0, numbers.add_(first).view(-1)).view(keep.shape)
-        first = int(numbers[-1, -1, -1]) + int(keep[-1, -1, -1])
+    for rows, keep, codes in _spread(stored, mask, (len(part), columns)):
         if table is not None:
-            part[rows] = _by_rows(_looked_up(table[rows], codes, keep), columns)
+            _put(part[rows], _looked_up(table[rows], codes, keep))
             continue
         values = _of_rows(scale, rows).dequantize_(_by_rows(codes, columns).float())
-        part[rows] = values.masked_fill_(_by_rows(keep, columns) == 0, 0)
+        part[rows] = _zeroed(values, _by_rows(keep, columns))
+
+
+def _spread(stored: Tensor, mask: Mask, shape: tuple[int, int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield rows, a 1 for each survivor in them, and the survivors in their places, another one in those of others.
+
+    Args:
+        stored: the survivors, one behind the other.
+        mask: where they are.
+        shape: (rows, columns).
+    """
+    stored = pad(stored, (0, 1))  # for what is behind the last
+    first = 0
+    for rows in _some_rows(*shape):
+        keep, numbers = (_planes if mask.of_bits else _plane)(mask.kept[rows])
+        found = stored.index_select(0, numbers.add_(first).view(-1)).view(keep.shape)
+        first = int(numbers[-1, -1, -1]) + int(keep[-1, -1, -1])
+        yield rows, keep, found
+
+
+def _zeroed(values: Tensor, keep: Tensor) -> Tensor:
+    """Set float32 values to zero where `keep` is 0, in place: by their bits, as branches on a random mask are slow."""
+    values.view(torch.int32).bitwise_and_(keep.int().neg_())
+    return values
 
 
 def _planes(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +187,14 @@ def _plane(kept: Tensor) -> tuple[Tensor, Tensor]:
     """Do the same for a mask that is not in bits, bool `[rows, columns]`; `[1, rows, columns]`."""
     keep = kept.to(torch.uint8)
     return keep[None], keep.view(-1).cumsum(0, dtype=torch.int32).sub_(keep.view(-1)).view(keep.shape)[None]
+
+
+def _put(part: Tensor, planes: Tensor) -> None:
+    """Copy `[8, rows, bytes]`, or `[1, rows, columns]`, to `[rows, columns]`."""
+    if part.shape[1] == len(planes) * planes.shape[2]:
+        part.unflatten(1, (len(planes), -1)).copy_(planes.transpose(0, 1))
+    else:
+        part.copy_(_by_rows(planes, part.shape[1]))
 
 
 def _by_rows(planes: Tensor, columns: int) -> Tensor:

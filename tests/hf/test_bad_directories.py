@@ -168,14 +168,15 @@ def test_a_missing_shard_is_an_error_that_names_it(with_manifest, tmp_path, monk
         load(tmp_path / "out")
 
 
-def test_a_damaged_stream_is_found_without_a_manifest_when_it_is_decoded(forms, tmp_path):
+@pytest.mark.parametrize("resident", ["packed", "dense"])
+def test_a_damaged_stream_is_found_without_a_manifest_when_it_is_decoded(resident, forms, tmp_path):
     shutil.copytree(forms[0] / "opt-coded", tmp_path / "out")
     with_tensors(lambda tensors: tensors[f"{FC1}.weight_stream"].view(torch.int16)[2:3].bitwise_xor_(1))(
         tmp_path / "out"
     )
     (tmp_path / "out" / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=rf"{CONFIG} does not describe {FC1}: words of 1 streams"):
-        load(tmp_path / "out")
+        load(tmp_path / "out", resident=resident)
 
 
 def test_links_of_the_hubs_cache_are_followed_and_need_not_be_all_there(forms, tmp_path):
