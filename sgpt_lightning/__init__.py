@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sgpt_lightning.format.directory import CheckpointError as CheckpointError
     from sgpt_lightning.models.adapters import register_model as register_model
     from sgpt_lightning.presets import ImportanceWeights as ImportanceWeights
+    from sgpt_lightning.quant import Quantizer as Quantizer
     from sgpt_lightning.recipe import Recipe as Recipe
     from sgpt_lightning.report.stats import QuantizationStats as QuantizationStats
     from sgpt_lightning.rules import LayerRule as LayerRule
-    from sgpt_lightning.sparsegpt import Quantizer as Quantizer
     from sgpt_lightning.sparsegpt import SparseGPT as SparseGPT
     from sgpt_lightning.trainer.callback import SparseGPTCallback as SparseGPTCallback
     from sgpt_lightning.trainer.data import TextDataModule as TextDataModule
@@ -41,7 +41,7 @@ _HOME = {
     "LayerRule": "rules",
     "Perplexity": "evaluation.perplexity",
     "QuantizationStats": "report.stats",
-    "Quantizer": "sparsegpt",
+    "Quantizer": "quant",
     "Recipe": "recipe",
     "SparseGPT": "sparsegpt",
     "SparseGPTCallback": "trainer.callback",

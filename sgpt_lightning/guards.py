@@ -1,7 +1,7 @@
 """Context managers that lend the package a state of its own and give the user's back.
 
-Global generators, matrix precision and train mode are the user's. What runs inside one of these neither depends on
-how they are set nor leaves them changed, whatever happens.
+Global generators, matrix precision, threads and train mode are the user's. What runs inside one of these neither
+depends on how they are set nor leaves them changed, whatever happens.
 """
 
 from collections.abc import Iterator
@@ -60,3 +60,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work in one thread on the CPU: for many small operations between loops of Python.
+
+    Others wait for each of them at a barrier, awake; where cores are shared, that is most of the time. Measured with
+    five processes on two cores: 13 s of CPU to load opt-small packed in two threads, 1.2 s in one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

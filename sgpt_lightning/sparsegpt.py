@@ -8,54 +8,28 @@ have no place in this interface.
 """
 
 import time
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from sgpt_lightning.core.checks import check_linear
+from sgpt_lightning.core.importance import channel_scores, weighted_sum
 from sgpt_lightning.core.moments import InputStatistics
+from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.solution import CompressedLinear
 from sgpt_lightning.core.solver import LinearToSolve, compress_linears
 from sgpt_lightning.format.entropy import coded_size
+from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import pack_weight
-from sgpt_lightning.format.records import LinearReport, describe_linear
-from sgpt_lightning.models.linears import is_conv1d, set_weight_matrix, weight_matrix
-from sgpt_lightning.presets import Allocation
+from sgpt_lightning.format.records import LinearReport, SolvedLinear, describe_linear
+from sgpt_lightning.models.layer_inputs import check_layer, checked_inputs
+from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
+from sgpt_lightning.presets import Allocation, ImportanceWeights
+from sgpt_lightning.quant import DEFAULT_ALLOCATION, ChannelBits, Quantizer
 from sgpt_lightning.recipe import Coding, Recipe
-from sgpt_lightning.report.stats import QuantizationStats
-
-DEFAULT_TARGET_AVG_BITS = 4.0
-DEFAULT_ALLOCATION: Allocation = "quantile"
-
-
-class Quantizer:
-    """Says that a layer is to be quantized, and to how many bits; the published code's `quant.Quantizer`.
-
-    Only per-channel asymmetric min-max grids are implemented; other settings are refused, not ignored.
-    """
-
-    def __init__(self) -> None:
-        self.bits: int | None = None
-
-    def configure(self, bits: int, perchannel: bool = True, sym: bool = False, mse: bool = False) -> None:
-        """Set the width.
-
-        Args:
-            bits: from 1 to 8.
-            perchannel: must be True.
-            sym: must be False.
-            mse: must be False.
-
-        Raises:
-            ValueError: a setting that is not implemented, or bits out of range.
-        """
-        if not perchannel or sym or mse:
-            raise ValueError(
-                f"only perchannel=True, sym=False, mse=False is implemented, got {perchannel=}, {sym=}, {mse=}"
-            )
-        if not 1 <= bits <= 8:
-            raise ValueError(f"bits must be from 1 to 8, got {bits}")
-        self.bits = bits
+from sgpt_lightning.report.stats import QuantizationStats, solve_line
 
 
 class SparseGPT:
@@ -70,26 +44,54 @@ class SparseGPT:
     such as one that was fine-tuned, another solve raises ValueError, because nothing says which of the two is the
     truth; a new SparseGPT takes the layer as it is.
 
+    What a reader of the enhanced fork may not expect:
+
+    - `fasterprune` without `target_avg_bits` gives every channel the quantizer's width, as the published code does.
+    - Without a quantizer nothing is quantized. Settings that do nothing in a solve are warned of, or refused.
+    - `quantile` meets the target, and only `shares` cut at fixed points; `budget` is spent over the whole layer.
+    - Means are over the weights that survive, and code bits only; `report.bits_per_weight` counts mask and ranges too.
+    - `sym=True` is a symmetric grid per row; in the fork it halved the positive weights.
+    - A name that comes twice in a collector is numbered (`fc1 #2`).
+
     Args:
         layer: nn.Linear, transformers.Conv1D or nn.Conv2d (ungrouped).
-        layer_name: for error messages and statistics, which tell apart names that come twice.
+        layer_name: for messages and statistics, which tell apart names that come twice.
         stats_collector: holds the report of the latest solve.
+        importance: weights of the five channel scores by name (`ImportanceWeights`), non-negative and with the sum 1;
+            a name that is left out keeps its default.
+        widths: bit widths to deal to the channels, ascending; None takes 2, 3, 4, 6 and 8.
+        shares: for `quantile`, the fraction of the channels at each width, ascending like these and with the sum 1: cut
+            points .2, .4, .6, .8 are `(.2, .2, .2, .2, .2)`. They fix the mean over channels (4.6; higher over the
+            weights that survive), so leave out `target_avg_bits`. Without shares the cuts move to meet the target.
+        verbose: print a line per solve: name, channels per width, mean bits, zeros, relative output error, seconds.
+
+    Raises:
+        TypeError: the layer is none of these, or a setting is of another type.
+        ValueError: a setting breaks its rule, or the Conv2d is one that cannot be solved.
     """
 
     def __init__(
-        self, layer: nn.Module, layer_name: str = "", stats_collector: QuantizationStats | None = None
+        self,
+        layer: nn.Module,
+        layer_name: str = "",
+        stats_collector: QuantizationStats | None = None,
+        *,
+        importance: Mapping[str, float] | ImportanceWeights | None = None,
+        widths: Sequence[int] | None = None,
+        shares: Sequence[float] | None = None,
+        verbose: bool = False,
     ) -> None:
-        if not isinstance(layer, nn.Linear | nn.Conv2d) and not is_conv1d(layer):
-            raise TypeError(f"{layer_name or 'layer'} must be Linear, Conv1D or Conv2d, got {type(layer).__name__}")
-        if isinstance(layer, nn.Conv2d):
-            _check_conv2d(layer, layer_name or "layer")
+        check_layer(layer, layer_name or "layer")
         self.layer = layer
         self.layer_name = layer_name
         self.stats_collector = stats_collector
+        self.channel_bits = ChannelBits(layer_name or "the layer", importance, widths, shares)
+        self.verbose = verbose
         self.quantizer: Quantizer | None = None
         self.report: LinearReport | None = None
         self.compressed: CompressedLinear | None = None
         self.seconds = 0.0
+        self._packed: PackedWeight | None = None
         self._dense: Tensor | None = None
         matrix = weight_matrix(layer)
         self.dev = matrix.device
@@ -114,11 +116,7 @@ class SparseGPT:
             ValueError: they have another number of features or channels, are on another device, or hold NaN or inf;
                 or this object was freed.
         """
-        statistics = self._live_statistics()
-        self._check_inputs(inp)
-        if isinstance(self.layer, nn.Conv2d):
-            inp = self._patches(inp if inp.dim() == 4 else inp[None])
-        statistics.add(inp)
+        self._live_statistics().add(checked_inputs(self.layer, inp, self.dev, self._name))
 
     def fasterprune(  # noqa: PLR0913  # the published signature, and what came to it
         self,
@@ -155,27 +153,87 @@ class SparseGPT:
                 or inf. The layer is then left as it was.
         """
         started = time.perf_counter()
-        zeros = {"sparsity": sparsity} if (prunen, prunem) == (0, 0) else {"pattern": f"{prunen}:{prunem}"}
+        zeros = {"pattern": f"{prunen}:{prunem}"} if prunen or prunem else {"sparsity": sparsity}
         if coding == "entropy":
-            self._check_coded(**zeros, bit_allocation_method=bit_allocation_method)
-        bits = self._coded_bits if coding == "entropy" else self._bits
-        recipe = Recipe(
-            preset="sparsegpt",
-            coding=coding,
-            uniform_if_better=False,
-            **zeros,
-            block_size=blocksize,
-            damp_percent=percdamp,
-            **bits(target_avg_bits, bit_allocation_method),
-        )
-        statistics, weight = self._live_statistics(), self._dense_weight()
+            settings = {**zeros, "bit_allocation_method": bit_allocation_method}
+            bits = self.channel_bits.coded_fields(self.quantizer, target_avg_bits, settings)
+        else:
+            bits = self.channel_bits.fields(self.quantizer, target_avg_bits, bit_allocation_method)
+            if unused := self.channel_bits.unused(self.quantizer, target_avg_bits, bit_allocation_method):
+                warnings.warn(unused, UserWarning, stacklevel=2)
+        asked = zeros | bits | {"coding": coding, "uniform_if_better": False}
+        recipe = Recipe(preset="sparsegpt", block_size=blocksize, damp_percent=percdamp, **asked)
+        inputs, weight = SharedInput(self._live_statistics()), self._dense_weight()
         if not recipe.prunes and not recipe.quantizes:
             self._undo()
+            if self.verbose:
+                print(f"[{self._name}] left dense: neither zeros nor bits were asked for")
             return
         linear = LinearToSolve(weight, self.layer_name)
-        (compressed,) = compress_linears([linear], statistics, recipe, weight.dtype, coded_size=coded_size)
-        self._accept(compressed, weight)
+        if coding == "fixed" and self.quantizer is not None:
+            widths = None if self.channel_bits.shares is None else self._by_shares(inputs, recipe)
+            linear = linear._replace(widths=widths, symmetric=self.quantizer.sym)
+        (compressed,) = compress_linears([linear], inputs, recipe, weight.dtype, coded_size=coded_size)
+        report = self._accept(compressed, weight)
         self.seconds = time.perf_counter() - started
+        if self.verbose:
+            print(solve_line(report, float((weight_matrix(self.layer) == 0).double().mean()), self.seconds))
+
+    def compute_importance_scores(self, percdamp: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score the input channels by the dense weight and all inputs seen so far (`core/importance.py`).
+
+        Args:
+            percdamp: damping, as for `fasterprune`; None takes 0.01.
+
+        Returns:
+            The weighted sum of the five scores, float64 `[in_features]`, and each of them by name (`activation`,
+            `hessian`, `weight`, `output`, `stability`), float64 `[in_features]` with mean 1.
+
+        Raises:
+            ValueError: no batch was added, this object was freed, or the layer cannot be solved as it is.
+        """
+        recipe = Recipe(preset="sparsegpt", target_avg_bits=None, damp_percent=percdamp)
+        return self._scores(SharedInput(self._live_statistics()), recipe)
+
+    def allocate_bits(
+        self, scores: Tensor, target_avg_bits: float | None = None, method: str = DEFAULT_ALLOCATION
+    ) -> Tensor:
+        """Deal this object's widths to channels by their scores, as a solve of the dense layer would.
+
+        Every channel counts alike. A solve that prunes counts what survives in each channel instead, so that its mean
+        is one over the weights that are stored.
+
+        Args:
+            scores: importance, `[in_features]`.
+            target_avg_bits: mean bits, at most; None takes 4.0, or with `shares` what they make.
+            method: `quantile` or `budget`.
+
+        Returns:
+            Bits per channel, int32 `[in_features]`.
+
+        Raises:
+            ValueError: the scores have another shape or are not finite, or a setting is out of range.
+        """
+        if tuple(scores.shape) != (self.columns,) or not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"scores of {self._name} must be finite, [{self.columns}], got {list(scores.shape)}")
+        return self.channel_bits.deal(scores, target_avg_bits, method).int()
+
+    @property
+    def solved(self) -> SolvedLinear:
+        """What the latest solve stores of the layer, on the CPU, for `save_compressed` under the layer's full name.
+
+        `torch.save(model.state_dict())` would write the same weights as they lie in memory: as large as dense ones.
+
+        Raises:
+            ValueError: nothing was solved, or the layer no longer holds what was solved (as after fine-tuning), so that
+                the file would be another model.
+        """
+        if self.compressed is None or self.report is None or self._packed is None:
+            raise ValueError(f"{self._name} was not solved: call fasterprune first")
+        weight = weight_matrix(self.layer)
+        if not torch.equal(self.compressed.weight().to(weight), weight):
+            raise ValueError(f"the weight of {self._name} was changed since it was solved: the file would hold another")
+        return SolvedLinear(self._packed, self.report)
 
     def free(self) -> None:
         """Drop the statistics and the copy of the dense weight; the report and what was solved stay."""
@@ -202,13 +260,15 @@ class SparseGPT:
             )
         return self._dense
 
-    def _accept(self, compressed: CompressedLinear, dense: Tensor) -> None:
+    def _accept(self, compressed: CompressedLinear, dense: Tensor) -> LinearReport:
         """Write what `dense` was solved to into the layer, and report it; nothing is changed if it cannot be held."""
-        report = describe_linear(self.layer_name, compressed, pack_weight(compressed.solution))
+        packed = pack_weight(compressed.solution)
+        report = describe_linear(self.layer_name, compressed, packed)
         kept = dense.clone() if self._dense is None else self._dense
         set_weight_matrix(self.layer, compressed.weight(), self._name)
-        self._dense, self.compressed = kept, compressed
+        self._dense, self.compressed, self._packed = kept, compressed, packed.to("cpu")
         self.report = report if self.stats_collector is None else self.stats_collector.add(report, self.report)
+        return self.report
 
     def _undo(self) -> None:
         """Write the dense weight back and forget the solve, if there was one."""
@@ -216,72 +276,25 @@ class SparseGPT:
             set_weight_matrix(self.layer, self._dense)
         if self.report is not None and self.stats_collector is not None:
             self.stats_collector.remove(self.report)
-        self._dense = self.compressed = self.report = None
+        self._dense = self.compressed = self.report = self._packed = None
 
-    def _bits(self, target: float | None, allocation: str) -> dict[str, Any]:
-        """Return the recipe's fields for what the quantizer and the arguments ask for together."""
-        if self.quantizer is None:
-            return {"target_avg_bits": None}
-        if target is None and self.quantizer.bits is not None:
-            bits = self.quantizer.bits
-            return {"target_avg_bits": bits, "allocation": "uniform", "widths": (bits,)}
-        return {"target_avg_bits": DEFAULT_TARGET_AVG_BITS if target is None else target, "allocation": allocation}
+    def _scores(self, inputs: SharedInput, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return importance and the five scores as a solve by the recipe sees them."""
+        weight = self._dense_weight()
+        check_linear(weight, self.layer_name, inputs, recipe)
+        factor = inputs.problem(centred=False, damp_percent=recipe.damping, name=self._name).factor
+        scores = channel_scores(weight.float(), inputs.statistics, factor.inverse_diagonal)
+        return weighted_sum(scores, self.channel_bits.importance), scores
 
-    def _coded_bits(self, target: float | None, allocation: str) -> dict[str, Any]:
-        """Return the recipe's fields for entropy coding: true bits a weight."""
-        if target is None and self.quantizer is not None:
-            target = self.quantizer.bits
-        return {"target_bits_per_weight": DEFAULT_TARGET_AVG_BITS if target is None else target}
-
-    def _check_coded(self, **settings: object) -> None:
-        """Raise ValueError, in this interface's words, for what has no meaning where codes are entropy-coded."""
-        unused = {"sparsity": 0, "bit_allocation_method": DEFAULT_ALLOCATION}
-        wrong = [f"{name}={value!r}" for name, value in settings.items() if value != unused.get(name)]
-        if wrong:
-            raise ValueError(
-                f"{self._name}: coding='entropy' takes sparsity 0, no pattern and no bit_allocation_method, because "
-                f"zeros and bits come out of the solve for target_avg_bits; got {', '.join(wrong)}"
-            )
+    def _by_shares(self, inputs: SharedInput, recipe: Recipe) -> Tensor:
+        """Return the widths that the shares deal, uint8 `[in_features]`."""
+        return self.channel_bits.deal(self._scores(inputs, recipe)[0], None, DEFAULT_ALLOCATION)
 
     def _live_statistics(self) -> InputStatistics:
         if self.statistics is None:
             raise ValueError(f"{self._name} was freed: its statistics are gone")
         return self.statistics
 
-    def _check_inputs(self, inp: Tensor) -> None:
-        """Raise TypeError or ValueError if the inputs are none of this layer's."""
-        if not isinstance(inp, Tensor) or not inp.is_floating_point():
-            found = inp.dtype if isinstance(inp, Tensor) else type(inp).__name__
-            raise TypeError(f"inp of {self._name} must be a tensor of floating numbers, got {found}")
-        if isinstance(self.layer, nn.Conv2d):
-            fits = inp.dim() in (3, 4) and inp.shape[-3] == self.layer.in_channels
-            rule = f"[batch, {self.layer.in_channels}, height, width]"
-        else:
-            fits, rule = inp.shape[-1:] == (self.columns,), f"[..., {self.columns}]"
-        if not fits:
-            raise ValueError(f"inp of {self._name} must be of shape {rule}, got {list(inp.shape)}")
-        if inp.device != self.dev:
-            raise ValueError(f"inp of {self._name} must be on {self.dev}, like the layer, got {inp.device}")
-        if not bool(torch.isfinite(inp).all()):
-            raise ValueError(f"{self._name} received NaN or inf")
-
-    def _patches(self, images: Tensor) -> Tensor:
-        """Return the patches that a Conv2d multiplies, `[batch * positions, in_features]`."""
-        conv = self.layer
-        assert isinstance(conv, nn.Conv2d)
-        assert not isinstance(conv.padding, str)
-        unfolded = nn.functional.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        return unfolded.transpose(1, 2).reshape(-1, self.columns)
-
 
 def _same(weight: Tensor, known: Tensor) -> bool:
     return weight.dtype == known.dtype and torch.equal(weight, known)
-
-
-def _check_conv2d(conv: nn.Conv2d, name: str) -> None:
-    """Raise ValueError if `torch.nn.functional.unfold` would not give the patches that the layer multiplies."""
-    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise ValueError(
-            f"{name} is a Conv2d with groups={conv.groups}, padding={conv.padding!r} and "
-            f"padding_mode={conv.padding_mode!r}; only groups=1, numbers and 'zeros' can be solved"
-        )

@@ -1,6 +1,7 @@
 """Fixtures that more than one test file needs. References that share no code with the package are in `oracles.py`."""
 
 import os
+import random
 
 # Triton's kernels are interpreted on CPU tensors. Triton asks for this when it is first imported, as transformers does.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_for_tests import make_model
 from readme_runs import Run, cut_down, run_readme
 from torch import Tensor
 
@@ -75,6 +77,29 @@ def two_blocks(tmp_path_factory) -> Path:
     model.save_pretrained(directory)
     load_tokenizer("opt-mini").save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random OPT of two blocks, with opt-mini's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny") / "tiny-opt"
+    tokenizer = load_tokenizer("opt-mini")
+    make_model("opt", vocab_size=len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> tuple[Path, Path]:
+    """Two files of words in random order: what `python-docs` says takes a second to tokenize."""
+    words, directory = (
+        ["one", "two", "shoe", "boot", "lost", "in", "the", "snow", "and", "found", "again", "by", "a", "fox"],
+        tmp_path_factory.mktemp("t"),
+    )
+    draw = random.Random(0)
+    for name in ("calibration", "held-out"):
+        (directory / f"{name}.txt").write_text(" ".join(draw.choices(words, k=1000)))
+    return directory / "calibration.txt", directory / "held-out.txt"
 
 
 @pytest.fixture(scope="session")

@@ -52,11 +52,18 @@ def textbook_factor(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.linalg.inv(matrix.double()), upper=True)
 
 
-def affine_grid(weight: Tensor, bits: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def affine_grid(
+    weight: Tensor, bits: int, dtype: torch.dtype = torch.float64, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row, `[out_features, 1]`: min to max, zero included, in 2^bits - 1 steps.
 
-    `dtype` is the precision that the interval's width is rounded to.
+    `dtype` is the precision that the interval's width is rounded to. Symmetric is `sym=True` of the published
+    `quant.py`: from -max|w| to max|w|, with the zero point (maxq + 1) / 2.
     """
+    if symmetric:
+        width = (2 * weight.abs().amax(1, keepdim=True)).to(dtype).double()
+        scale = torch.where(width > 0, width, 1) / (2**bits - 1)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
     low = torch.minimum(weight.amin(1, keepdim=True), torch.zeros(1, dtype=weight.dtype))
     high = torch.maximum(weight.amax(1, keepdim=True), torch.zeros(1, dtype=weight.dtype))
     width = (high - low).to(dtype).double()
@@ -69,7 +76,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) 
     return scale * (code.clamp(0, 2**bits - 1) - zero_point)
 
 
-def sparsegpt(
+def sparsegpt(  # noqa: PLR0913  # what the paper's loop can do
     weight: Tensor,
     hessian: Tensor,
     *,
@@ -78,6 +85,7 @@ def sparsegpt(
     bits: int | list[int] | None = None,
     drop: Tensor | None = None,
     block_size: int = 128,
+    symmetric: bool = False,
 ) -> Solved:
     """Prune, quantize or both, in float64, 1 % damping; a `drop` that is given is kept, otherwise the sweep chooses it.
 
@@ -93,7 +101,7 @@ def sparsegpt(
     column_bits = bits if isinstance(bits, list) else [bits] * columns
     if bits is not None:
         widest = 2 ** max(column_bits) - 1
-        finest, zero_point = affine_grid(w.masked_fill(chosen, 0), max(column_bits), torch.float16)
+        finest, zero_point = affine_grid(w.masked_fill(chosen, 0), max(column_bits), torch.float16, symmetric=symmetric)
     for j in range(columns):
         if n_m and drop is None and j % n_m[1] == 0:
             scores = ((w[:, j : j + n_m[1]] / factor.diagonal()[j : j + n_m[1]]) ** 2).tolist()

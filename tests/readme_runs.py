@@ -1,10 +1,10 @@
-"""The README's commands, run once for all tests that look at what they print; only the work is cut down."""
+"""Commands of the README and of docs/, run as a user types them; only the work is cut down."""
 
 import contextlib
 import io
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +39,15 @@ def cut_down(model: Path) -> Iterator[None]:
         yield
 
 
-def blocks(language: str) -> list[str]:
-    """Return the README's code blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """Return the code blocks of a language in a text."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(program: str, text: str = README, language: str = "sh") -> list[list[str]]:
+    """Return the arguments of every command that calls a program in a text's code blocks of a language, in order."""
+    lines = [line for block in blocks(language, text) for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{program} ")]
 
 
 def run_main(*arguments: object, status: int | None = None) -> Run:
@@ -62,8 +68,17 @@ def run_main(*arguments: object, status: int | None = None) -> Run:
 
 def run_readme(directory: Path) -> list[Run]:
     """Run the commands of the README in order, in a directory that has `configs/` and where `runs/` is made."""
+    return run_commands(commands("sgpt"), directory, CUT)
+
+
+def run_commands(arguments: Sequence[Sequence[str]], directory: Path, cut: Mapping[str, Sequence[object]]) -> list[Run]:
+    """Run commands of `sgpt` in order, in a directory that gets `configs/` and where `runs/` is made.
+
+    Args:
+        arguments: of each command.
+        directory: where they are run.
+        cut: options by which the work of a command is cut down.
+    """
     (directory / "configs").symlink_to(ROOT / "configs")
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sgpt ")]
     with contextlib.chdir(directory):
-        commands = [shlex.split(line)[1:] for line in lines]
-        return [run_main(*command, *CUT.get(command[0], [])) for command in commands]
+        return [run_main(*command, *cut.get(command[0], [])) for command in arguments]

@@ -16,7 +16,7 @@ MODULES = sorted(
 )
 ROOMS = (
     "arguments", "guards", "messages", "presets", "rules", "recipe", "kernels", "core", "format", "models", "report",
-    "packed", "checkpoint", "hf", "export", "text", "evaluation", "inference", "calibration", "sparsegpt",
+    "packed", "checkpoint", "hf", "export", "text", "evaluation", "inference", "calibration", "quant", "sparsegpt",
     "experiments", "trainer", "cli", "__main__",
 )  # fmt: skip
 """A room may use those before it, never those behind it."""
@@ -32,6 +32,7 @@ FORBIDDEN = (
     ("inference", {"lightning", "safetensors", "sgpt_lightning.core.solver"}),
     ("calibration", {"lightning", "transformers", "safetensors"}),
     ("report", {"lightning", "transformers", "sgpt_lightning.core.solver"}),
+    ("quant", {"lightning", "transformers"}),
     ("sparsegpt", {"lightning", "transformers"}),
     ("experiments", {"lightning", "safetensors", "jsonargparse"}),
 )

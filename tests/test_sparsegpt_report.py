@@ -130,3 +130,20 @@ def test_hooks_that_name_layers_within_their_block_give_a_row_per_layer_and_bloc
     assert stats.total_channels == 3 * (5 * 32 + 64)
     rows = [line for line in stats.summary().splitlines() if line.startswith("| ")][1:]
     assert [row.split("|")[1].strip() for row in rows] == [shown for _, shown in expected]
+    assert "A name that came twice is numbered, in the order of the solves" in stats.summary()
+
+
+def test_the_summary_shows_the_channels_per_width_of_each_layer_and_no_word_of_names_that_came_once():
+    stats, expected = QuantizationStats(), {}
+    for seed, target in enumerate((3.0, 4.0, 5.0)):
+        solver = SparseGPT(nn.Linear(40, 12).requires_grad_(False), f"block #{seed}.fc1", stats)
+        solver.quantizer = Quantizer()
+        solver.add_batch(correlated_inputs(200, 40, seed))
+        solver.fasterprune(0.5, target_avg_bits=target)
+        widths = solver.compressed.solution.widths.tolist()
+        expected[f"block #{seed}.fc1"] = [widths.count(bits) for bits in (2, 3, 4, 6, 8)]
+    header, _, *rows = [line.split("|") for line in stats.summary().splitlines() if line.startswith("|")]
+    column = [cell.strip() for cell in header].index("2/3/4/6/8 bit")
+    shown = {row[1].strip(): [int(count) for count in row[column].split("/")] for row in rows}
+    assert shown == expected
+    assert "numbered" not in stats.summary()

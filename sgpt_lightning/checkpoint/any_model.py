@@ -8,8 +8,10 @@ from torch import nn
 
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.format.description import Residence
-from sgpt_lightning.format.directory import is_compressed_dir
+from sgpt_lightning.format.directory import MANIFEST, is_compressed_dir
+from sgpt_lightning.format.manifest import read_manifest
 from sgpt_lightning.guards import own_random_state
+from sgpt_lightning.models.hub import file_of_hub
 from sgpt_lightning.models.names import find_model, resolve_model
 
 
@@ -47,7 +49,7 @@ def load_model(
     """Load a dense or compressed model on the CPU, frozen and in eval mode.
 
     Args:
-        path: the embedded `opt-mini`, a model directory (dense or compressed), or a hub id.
+        path: the embedded `opt-mini`, a model directory (dense or compressed), or the hub id of either.
         dtype: compute dtype; None takes float32, for a compressed directory the one that it was evaluated in.
         attn_implementation: as in transformers; None takes the model's own, or the one that it was evaluated with.
         resident: how packed weights of a compressed directory live in memory, see `load_compressed`; a dense model has
@@ -58,8 +60,20 @@ def load_model(
         ConnectionError: a hub id, and the hub cannot be reached.
     """
     directory = Path(resolve_model(path)).expanduser()
+    if not is_compressed_dir(directory) and find_model(path) is None:
+        directory = _snapshot(path) or directory
     if is_compressed_dir(directory):
         return load_compressed(
             directory, dtype=dtype, attn_implementation=attn_implementation, resident=resident
         ).requires_grad_(False)
     return load_dense(path, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
+
+
+def _snapshot(repo: str) -> Path | None:
+    """Return the directory of the hub's cache that holds all files of a compressed model; None if it is a dense one."""
+    manifest = file_of_hub(repo, MANIFEST)
+    if manifest is None:
+        return None
+    for name in read_manifest(manifest.parent)[0].files:
+        file_of_hub(repo, name, manifest.parent.name)  # one that is missing is named where it is read
+    return manifest.parent

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.checkpoint.load import stored_tables
 from sgpt_lightning.format.records import SolvedLinear
+from sgpt_lightning.models.linears import is_conv1d, weight_matrix
 from sgpt_lightning.models.placement import in_memory
 
 
@@ -63,6 +64,32 @@ def contents(
     if odd:
         raise ValueError(f"a model with NaN or infinite values is not saved; they are in {', '.join(odd)}")
     return tensors, aliases
+
+
+def check_names(model: nn.Module, solved: Mapping[str, SolvedLinear]) -> None:
+    """Check that what is solved belongs to the model.
+
+    Raises:
+        ValueError: a name is not that of a linear or an embedding, or the shape is another; names all that is wrong.
+    """
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+    }
+    wrong = []
+    for name, linear in solved.items():
+        if name not in known:
+            meant = [full for full in known if full.endswith(f".{name}")]
+            wrong.append(repr(name) + (f" (short for {meant[0]}?)" if meant else ""))
+            continue
+        found, wanted = list(linear.packed.spec.shape), list(weight_matrix(known[name]).shape)
+        if found != wanted:
+            wrong.append(f"{name!r} of shape {found} instead of {wanted}")
+    if wrong:
+        raise ValueError(
+            f"solved must hold linears and embeddings of the model by their full names, got {', '.join(wrong)}"
+        )
 
 
 def unpacked_contents(

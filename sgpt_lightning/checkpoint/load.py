@@ -1,7 +1,7 @@
 """A compressed directory -> a model in memory that computes with dense weights; the checks are `reading.py`'s."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.reading import (
     Stored,
-    blaming,
     check_shapes,
     naming,
     read_stored,
+    some_together,
     take_packed,
 )
 from sgpt_lightning.format.description import CONFIG, Residence
 from sgpt_lightning.format.directory import CheckpointError, read_settled
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.manifest import read_manifest
-from sgpt_lightning.format.packing import some_at_once, unpack_weight, unpack_weights
+from sgpt_lightning.format.packing import unpack_weights
 from sgpt_lightning.guards import own_random_state
 from sgpt_lightning.models.blocks import mark_compressed
 from sgpt_lightning.models.linears import is_conv1d
@@ -139,21 +139,10 @@ def _fill(model: nn.Module, stored: Stored, packed: Mapping[str, PackedWeight]) 
                 wanted[owner].append(tensor)
             else:
                 tensor.copy_(stored.tensors[source])
-        for names in some_at_once(packed):
-            for name, weight in zip(names, _unpacked(stored, names, packed), strict=True):
-                for tensor in wanted[name]:
-                    tensor.copy_(weight.T if is_conv1d(model.get_submodule(name)) else weight)
-
-
-def _unpacked(stored: Stored, names: Sequence[str], packed: Mapping[str, PackedWeight]) -> list[Tensor]:
-    """Unpack some weights side by side; what is wrong with them is found out one by one."""
-    try:
-        return unpack_weights([packed[name] for name in names])
-    except ValueError:
-        for name in names:
-            with blaming(stored.described_in, name):
-                unpack_weight(packed[name])
-        raise
+        specs = stored.description.packed
+        for name, weight in some_together(unpack_weights, specs, packed.__getitem__, stored.described_in):
+            for tensor in wanted[name]:
+                tensor.copy_(weight.T if is_conv1d(model.get_submodule(name)) else weight)
 
 
 def fill_tables(model: nn.Module, tables: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from sgpt_lightning.format.description import CONFIG, GENERATION_CONFIG, Description
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError, read_settled
-from sgpt_lightning.format.layout import PackedWeight, check_sizes
+from sgpt_lightning.format.layout import PackedWeight, WeightSpec, check_sizes
 from sgpt_lightning.format.manifest import Manifest, check_files, read_manifest
+from sgpt_lightning.format.packing import some_at_once
+from sgpt_lightning.guards import one_thread
 from sgpt_lightning.messages import told
 from sgpt_lightning.models.linears import is_conv1d
 
@@ -30,6 +32,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Endings of files that run code when they are read."""
 OURS = ("resident", "transformers_weights")
 """Keys at the top of `config.json` that are no settings of the model."""
+Made = TypeVar("Made")
 
 
 class Stored(NamedTuple):
@@ -203,6 +206,35 @@ def blaming(file: Path, name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(f"{file} does not describe {name}: {error}") from error
+
+
+def some_together(
+    work: Callable[[list[PackedWeight]], list[Made]],
+    specs: Mapping[str, WeightSpec],
+    weight_of: Callable[[str], PackedWeight],
+    file: Path,
+) -> Iterator[tuple[str, Made]]:
+    """Do work on packed weights, some side by side, and yield what it makes of each, by name.
+
+    Args:
+        work: as `unpack_weights`; raises ValueError.
+        specs: of the weights, by the names of their modules.
+        weight_of: gives a weight by name; none is kept.
+        file: what describes them.
+
+    Raises:
+        CheckpointError: the work fails; names the first weight with which it does.
+    """
+    for names in some_at_once({name: PackedWeight(spec, {}) for name, spec in specs.items()}):
+        try:
+            with one_thread():  # decoding is numpy's work, in steps
+                made = work([weight_of(name) for name in names])
+        except ValueError:
+            for name in names:
+                with blaming(file, name):
+                    work([weight_of(name)])
+            raise
+        yield from zip(names, made, strict=True)
 
 
 def take_packed(tensors: dict[str, Tensor], description: Description, file: Path) -> dict[str, PackedWeight]:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from sgpt_lightning.checkpoint.contents import Content, contents
+from sgpt_lightning.checkpoint.contents import Content, check_names, contents
 from sgpt_lightning.checkpoint.tensor_files import TensorFiles
 from sgpt_lightning.format.description import (
     CONFIG,
@@ -59,7 +59,7 @@ def save_compressed(
     model: nn.Module,
     solved: Mapping[str, SolvedLinear],
     *,
-    storage_dtype: torch.dtype,
+    storage_dtype: torch.dtype = torch.float16,
     tokenizer: Any = None,
     run: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -74,11 +74,13 @@ def save_compressed(
         run: what else the manifest is to say.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite values.
+        ValueError: a name or a shape is none of the model's, or a tensor holds NaN or infinite values.
         FileExistsError: `directory`, or a name beside it that a save needs, holds what this package did not write.
         OSError: the directory cannot be written; what was there is untouched.
     """
     check_target(directory)
+    check_names(model, solved)
+    solved = {name: replace(linear, report=replace(linear.report, name=name)) for name, linear in solved.items()}
     linears = find_decoder_blocks(model).linears()
     tensors, aliases = contents(model, solved, storage_dtype)
     with replacing(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:

@@ -90,6 +90,24 @@ def _fill_up(level: np.ndarray, channels: np.ndarray, prices: np.ndarray, left: 
             missed.add(channel)
 
 
+def allocate_shares(scores: Tensor, widths: Sequence[int], shares: Sequence[float]) -> Tensor:
+    """Cut the ranking of the channels at fixed shares of them, whatever mean that gives.
+
+    Args:
+        scores: importance, `[in_features]`; equal scores keep the order of their positions.
+        widths: allowed widths in bits, ascending.
+        shares: fraction of the channels at each width, with the sum 1; the widest go to the most important.
+
+    Returns:
+        Bits per channel, uint8 `[in_features]`, on the device of `scores`.
+    """
+    order = np.argsort(-_to_numpy(scores), kind="stable")
+    cuts = np.rint(np.cumsum(np.asarray(shares, dtype=float)[::-1])[:-1] * len(order))
+    level = np.zeros(len(order), dtype=int)
+    level[order] = len(widths) - 1 - np.searchsorted(cuts, np.arange(len(order)), side="right")
+    return _widths_at(level, widths, scores)
+
+
 def greedy_curve(errors: np.ndarray, counts: np.ndarray, widths: Sequence[int]) -> Callable[[float], float]:
     """Return the least error as a function of the mean bits, when bits are dealt in order of gain.
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sgpt_lightning.core.budget import grid_kind
 from sgpt_lightning.core.hessian import HessianError
 from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import Objective
@@ -42,6 +43,22 @@ def check_pattern(recipe: Recipe, in_features: int, name: str) -> None:
         raise ValueError(
             f"pattern {recipe.pattern} needs in_features divisible by {recipe.n_m[1]}, "
             f"but {name or 'the linear'} has {in_features}"
+        )
+
+
+def check_own_settings(widths: Tensor | None, symmetric: bool, recipe: Recipe, name: str) -> None:
+    """Raise ValueError if widths that are dealt already, or a symmetric grid, have no place in a recipe's solve."""
+    if recipe.on_failure != "error" and (widths is not None or symmetric):
+        raise ValueError(f"{name or 'the linear'} has settings of its own, so on_failure must be 'error'")
+    if widths is not None and recipe.allocation != "quantile":
+        raise ValueError(
+            f"{name or 'the linear'} has widths that are dealt already, so allocation must be 'quantile', "
+            f"got {recipe.allocation!r}"
+        )
+    if symmetric and (recipe.coding != "fixed" or grid_kind(recipe) != "zero-point" or recipe.group_size is not None):
+        raise ValueError(
+            f"{name or 'the linear'} is to have a symmetric grid, which min-max grids of whole rows can be (presets "
+            "sparsegpt and gptq without group_size)"
         )
 
 

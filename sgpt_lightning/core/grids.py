@@ -66,16 +66,20 @@ class Scale(NamedTuple):
         return torch.copysign(size, weight)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the values of codes, float32."""
+        """Return the values of codes, float32 in the shape of a matrix."""
+        return self.dequantize_(codes.clone())
+
+    def dequantize_(self, codes: Tensor) -> Tensor:
+        """Turn codes, float32 in the shape of a matrix, into their values in place; return them."""
         # Products and sums are separate operations: fused, their last bit would depend on the device.
         if self.kind == "zero-point":
-            return self.step * (codes - self.base)
+            return codes.sub_(self.base).mul_(self.step)
         if self.kind == "offset":
-            return (self.step * codes).add_(self.base)
+            return codes.mul_(self.step).add_(self.base)
         half = self.top + 1
         negative = codes >= half
-        magnitude = (self.step * (codes - negative * half)).add_(self.base)
-        return torch.where(negative, -magnitude, magnitude)
+        magnitude = codes.sub_(negative * half).mul_(self.step).add_(self.base)
+        return codes.copy_(torch.where(negative, -magnitude, magnitude))
 
 
 class Grid(NamedTuple):
@@ -143,22 +147,29 @@ def count_segments(
     return 1 if kind == "zero-point" or axis == "output" else len(set(widths))
 
 
-def fit_affine_grid(weight: Tensor, max_bits: int, group_size: int | None = None) -> Grid:
+def fit_affine_grid(weight: Tensor, max_bits: int, group_size: int | None = None, *, symmetric: bool = False) -> Grid:
     """Fit the smallest `zero-point` span per row (and group) that holds every weight and zero.
 
     Args:
         weight: float32 `[out_features, in_features]`, removed weights set to zero.
         max_bits: the widest width that will be used.
         group_size: columns per segment; None for the whole row.
+        symmetric: take the span from -max|w| to max|w| and the zero point 2^(max_bits - 1), as the published code's
+            `sym=True`; a level more lies below zero than above, for every width.
     """
     pieces = weight.split(group_size or weight.shape[1], dim=1)
     low = torch.stack([piece.amin(1) for piece in pieces], 1).clamp_max(0)
     high = torch.stack([piece.amax(1) for piece in pieces], 1).clamp_min(0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     span = high - low
     span = torch.where(span > 0, span, torch.ones_like(span))
     span = span.to(stored_dtype(span))
     top = top_step("zero-point", max_bits)
     zero_point = (-low / span.float() * top).round().clamp(0, top)
+    if symmetric:
+        zero_point.fill_((top + 1) // 2)  # half of `top` lies between two codes, and the span is rounded
     return Grid("zero-point", span, zero_point.to(torch.uint8), max_bits, group_size)
 
 

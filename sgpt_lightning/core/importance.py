@@ -6,6 +6,8 @@ increase of the layer's squared error per squared unit of weight when channel j 
 (Optimal Brain Surgeon; SparseGPT, arXiv 2301.00774, section 3.1).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -41,5 +43,9 @@ def channel_importance(
     weight: Tensor, statistics: InputStatistics, inverse_diagonal: Tensor, weights: ImportanceWeights
 ) -> Tensor:
     """Return the weighted sum of the five scores, float64 `[in_features]`; arguments as for `channel_scores`."""
-    scores = channel_scores(weight, statistics, inverse_diagonal)
+    return weighted_sum(channel_scores(weight, statistics, inverse_diagonal), weights)
+
+
+def weighted_sum(scores: Mapping[str, Tensor], weights: ImportanceWeights) -> Tensor:
+    """Return the sum of what `channel_scores` gave, each times its weight, float64 `[in_features]`."""
     return torch.stack([getattr(weights, name) * score for name, score in scores.items()]).sum(0)

@@ -53,6 +53,10 @@ class LinearProblem(NamedTuple):
     row_weights: Tensor
     """What a unit of squared output error costs, `[out_features]`."""
     name: str
+    widths: Tensor | None = None
+    """Bits per input channel that are dealt already, uint8 `[in_features]`."""
+    symmetric: bool = False
+    """Whether min-max grids reach as far below zero as above."""
 
     @property
     def shape(self) -> tuple[int, int]:

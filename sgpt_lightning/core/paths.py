@@ -62,6 +62,11 @@ def loop_path(device: torch.device) -> LoopPath:
     return "triton"
 
 
+def gets_kernels(device: torch.device) -> bool:
+    """Tell whether kernels are for a device of this type, if they can be used."""
+    return device.type in _KERNEL_DEVICES
+
+
 def with_loops(device: torch.device, solve: Callable[[TileLoops], Result]) -> Result:
     """Run `solve` with the loops that a device gets; if a kernel fails, run it again with those in torch.
 

@@ -53,6 +53,8 @@ def same_width(start: Start, bits: int) -> Tensor:
 
 def _deal_widths(problem: LinearProblem, start: Start, uniform: Rounded | None) -> Tensor:
     """Return the bits of each input channel, or of each output channel where rows have widths, uint8."""
+    if problem.widths is not None:
+        return problem.widths
     recipe, survivors, axis = problem.recipe, start.survivors, width_axis(problem.recipe)
     across = 1 if axis == "output" else 0
     if isinstance(start.mask, Tensor):
@@ -109,7 +111,8 @@ def _fit_grid(problem: LinearProblem, start: Start, widths: Tensor, axis: WidthA
     """Fit the grid that the sweep begins with."""
     recipe, kind = problem.recipe, grid_kind(problem.recipe)
     if kind == "zero-point":
-        return fit_affine_grid(start.survivors, int(widths.max()), recipe.group_size)._replace(axis=axis)
+        max_bits, symmetric = int(widths.max()), problem.symmetric
+        return fit_affine_grid(start.survivors, max_bits, recipe.group_size, symmetric=symmetric)._replace(axis=axis)
     return search_grid(
         kind,
         start.survivors,

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.checks import check_linear, check_objective
+from sgpt_lightning.core.checks import check_linear, check_objective, check_own_settings
 from sgpt_lightning.core.grids import quantize_matrix
 from sgpt_lightning.core.hessian import HessianError
 from sgpt_lightning.core.importance import channel_importance
@@ -54,6 +54,10 @@ class LinearToSolve(NamedTuple):
     """What a unit of squared output error costs the model's loss, `[out_features]`; equal if None."""
     bits: float | None = None
     """True bits that an entropy-coded matrix may take; what the recipe gives a weight, times the weights, if None."""
+    widths: Tensor | None = None
+    """Bits per input channel, uint8 `[in_features]`, where the caller and not the recipe's `quantile` deals them."""
+    symmetric: bool = False
+    """Whether grids reach as far below zero as above; for min-max grids of whole rows."""
 
 
 def compress_linear(
@@ -100,13 +104,14 @@ def compress_linears(
 
     Raises:
         ValueError: the linears saw no token, in_features is not divisible by M of an N:M pattern, the budget is below
-            what mask, ranges and the narrowest width take, weights and moments are on different devices, or
-            `coded_size` is missing.
+            what mask, ranges and the narrowest width take, weights and moments are on different devices,
+            `coded_size` is missing, or a linear's own settings do not go with the recipe.
         HessianError: the Hessian cannot be inverted, and the recipe's `on_failure` is `error`.
         SolveError: a weight holds NaN or inf; or, if `on_failure` is `error`, what would be stored does.
     """
     for linear in linears:
         check_linear(linear.weight, linear.name, inputs, recipe)
+        check_own_settings(linear.widths, linear.symmetric, recipe, linear.name)
     if recipe.coding == "entropy" and coded_size is None:
         raise ValueError("coding entropy needs coded_size, such as sgpt_lightning.format.entropy.coded_size")
     return _solved_or_rounded(linears, SharedInput.of(inputs), recipe, storage_dtype, has_bias, coded_size)
@@ -130,8 +135,8 @@ def _solved_or_rounded(
     if len(linears) > 1:
         alone = (_solved_or_rounded([one], inputs, recipe, storage_dtype, has_bias, coded_size) for one in linears)
         return [solution for solutions in alone for solution in solutions]
-    ((weight, name, _, bits),) = linears
-    rounded = round_plainly(weight, recipe, storage_dtype, bits=bits, coded_size=coded_size, name=name)
+    (one,) = linears
+    rounded = round_plainly(one.weight, recipe, storage_dtype, bits=one.bits, coded_size=coded_size, name=one.name)
     return [replace(rounded, failure=failure)]
 
 
@@ -171,7 +176,7 @@ def _coded(
 def _make_problem(
     linear: LinearToSolve, inputs: InputStatistics | SharedInput, recipe: Recipe, *, has_bias: bool
 ) -> LinearProblem:
-    weight, name, row_weights, _ = linear
+    weight, name, row_weights = linear.weight, linear.name, linear.row_weights
     parts = recipe.solve_parts
     objective = make_objective(weight.float(), inputs, parts, has_bias=has_bias, damp_percent=recipe.damping, name=name)
     shared = objective.input
@@ -180,7 +185,8 @@ def _make_problem(
         objective.target, shared.statistics, shared.factor.inverse_diagonal, recipe.importance
     )
     columns = shared.act_ordered if parts.act_order and recipe.coding == "fixed" else shared.natural
-    return LinearProblem(objective, columns, recipe, importance, relative_weights(row_weights, weight), name)
+    costs = relative_weights(row_weights, weight)
+    return LinearProblem(objective, columns, recipe, importance, costs, name, linear.widths, linear.symmetric)
 
 
 def _quantized(problems: Sequence[LinearProblem], starts: Sequence[Start]) -> list[Solution]:

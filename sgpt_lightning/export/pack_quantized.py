@@ -8,10 +8,11 @@ A linear's weight becomes, with u = d + zero (see `affine.py`) of 4 or 8 bits, n
                        linears of the group have 2^(bits - 1), which the format calls symmetric
     weight_shape       int64 [2]
 
-and the reader computes (u - zero) * scale in the dtype of the scale. Only 4 and 8 bits are written: of the others the
-package's versions differ in how they pack 3, 5, 6 and 7, and vLLM has no kernels for them. Linears that vLLM fuses
-(q, k, v; gate, up) get the widest width among them, or go dense together. Zeros of a mask are stored as the code of
-zero.
+and the reader computes (u - zero) * scale in the dtype of the scale. Only 4 and 8 bits are written. At 3, 5, 6 and 7
+bits versions of the package do not read each other: 0.9.4 puts 32 // bits codes into a word, 0.20 leaves no gaps (both
+were run on random codes; at 1, 2, 4 and 8 bits their words are the same). vLLM took 4 and 8 bits alone for long; newer
+sources list 2 to 8, and 4 and 8 where there are zero points (read, not run). Linears that vLLM fuses (q, k, v; gate,
+up) get the widest width among them, or go dense together. Zeros of a mask are stored as the code of zero.
 
 Where any linear needs a zero of its own, all are written with zeros and in one width: transformers 5.23 makes room for
 unpacked zeros and refuses the file, unless it dequantizes at load, for which it takes one scheme for the whole model.

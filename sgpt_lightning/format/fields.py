@@ -1,32 +1,42 @@
-"""Weights without a mask in memory: codes as fields of words. `resident.py` says what the tensors hold."""
+"""Weights without a mask in memory: codes as fields. `resident.py` says what the tensors hold."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sgpt_lightning.core.grids import Grid
 from sgpt_lightning.core.solution import ROW_OCTAVE, Coded, Quantized, power_of_two
+from sgpt_lightning.format.layings import BYTES, Laying, laying_of
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec, origin_name
-from sgpt_lightning.format.planes import Run, lay_fields, lift_fields, row_words
+from sgpt_lightning.format.planes import Run
 
 APART_TILE = 16
 """Rows to a number in `apart_tiles`."""
 _PRICE_APART = 128
 """What a code apart counts, in bits, when widths are chosen: 64 in memory, and as much again for a kernel's trouble."""
+_WORTH_TWO_WIDTHS = 0.8
+"""Of the price of one width, on a CPU: to bring columns into their order is a third of all its work. On opt-small at 3
+bits one width takes 2 % more memory. Kernels have the order for little."""
 
 
-def of_quantized(solution: Quantized, packed: PackedWeight) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
+def of_quantized(
+    solution: Quantized, packed: PackedWeight, laying: Laying
+) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
     """Lay out a quantized matrix without a mask."""
     by_rows = solution.grid.axis == "output"
-    runs, order = runs_of(solution.widths, solution.shape, by_rows)
-    words = []
+    runs, order = runs_of(solution.widths, solution.shape, by_rows, laying)
+    laid = []
     for run in runs:
         channels = members(order, run)
         codes = solution.codes[channels] if by_rows else solution.codes[:, channels]
-        words.append(lay_fields(codes, run.bits).view(-1))
-    return runs, {"words": torch.cat(words)} | grid_tensors(packed) | order_tensor(order)
+        laid.append(laying.lay(codes, run.bits).view(-1))
+    return runs, {laying.name: torch.cat(laid)} | grid_tensors(packed) | order_tensor(order)
 
 
-def runs_of(widths: Tensor, shape: tuple[int, int], by_rows: bool) -> tuple[tuple[Run, ...], Tensor | None]:
+def runs_of(
+    widths: Tensor, shape: tuple[int, int], by_rows: bool, laying: Laying
+) -> tuple[tuple[Run, ...], Tensor | None]:
     """Sort channels by their widths, the widest first.
 
     Returns:
@@ -38,7 +48,7 @@ def runs_of(widths: Tensor, shape: tuple[int, int], by_rows: bool) -> tuple[tupl
     for bits, count in zip(used.tolist(), counts.tolist(), strict=True):
         runs.append(Run(bits, first, count, start))
         first += count
-        start += count * row_words(shape[1], bits) if by_rows else shape[0] * row_words(count, bits)
+        start += count * laying.size(shape[1], bits) if by_rows else shape[0] * laying.size(count, bits)
     return tuple(runs), order if len(runs) > 1 else None
 
 
@@ -59,26 +69,34 @@ def grid_tensors(packed: PackedWeight) -> dict[str, Tensor]:
     return beside | ({"widths": tensors["weight_widths"]} if "weight_widths" in tensors else {})
 
 
-def of_coded(solution: Coded) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
-    """Lay out a coded matrix in the bits per input channel that save memory, codes beyond them apart.
+def grid_in_file(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `grid_tensors` returned under the names that it has in a file."""
+    names = {"span": "weight_range", "origin": origin_name(spec), "widths": "weight_widths"}
+    return {stored: tensors[name] for name, stored in names.items() if name in tensors}
 
-    There are two widths at most: each more is a launch of a kernel, and saves next to nothing where codes may be apart.
+
+def of_coded(solution: Coded, laying: Laying) -> tuple[tuple[Run, ...], dict[str, Tensor]]:
+    """Lay out a coded matrix in the bits that save memory, codes beyond them apart.
+
+    There is one width for all input channels, or there are two: each more is a launch of a kernel, and saves next to
+    nothing where codes may be apart.
     """
     codes = solution.codes
     rows, columns = solution.shape
-    runs, order = runs_of(_cheapest_bits(codes), (rows, columns), False)
-    words, apart = [], []
+    bits = _cheapest_bits(codes, _WORTH_TWO_WIDTHS if laying is BYTES else 1.0)
+    runs, order = runs_of(bits, (rows, columns), False, laying)
+    laid, apart = [], []
     for run in runs:
         run_codes = codes[:, members(order, run)]
         beyond = _magnitude(run_codes) >> (run.bits - 1) != 0
         row, column = beyond.nonzero(as_tuple=True)
         apart.append((row * columns + column + run.first, run_codes[row, column]))
-        words.append(lay_fields(run_codes.masked_fill(beyond, 0) + (1 << (run.bits - 1)), run.bits).view(-1))
+        laid.append(laying.lay(run_codes.masked_fill(beyond, 0) + (1 << (run.bits - 1)), run.bits).view(-1))
     at, sorting = torch.cat([places for places, _ in apart]).sort()
     tiles = torch.arange(-(-rows // APART_TILE) + 1, device=codes.device) * (APART_TILE * columns)
     steps, row_factors = solution.step_sizes(), power_of_two(solution.rows, ROW_OCTAVE)
     tensors = {
-        "words": torch.cat(words), "level": solution.level, "steps": solution.steps, "row_scales": solution.rows,
+        laying.name: torch.cat(laid), "level": solution.level, "steps": solution.steps, "row_scales": solution.rows,
         "column_factors": steps if order is None else steps[order], "row_factors": row_factors,
         "apart_at": at.int() if rows * columns < 1 << 31 else at,
         "apart": torch.cat([values for _, values in apart])[sorting],
@@ -92,17 +110,33 @@ def _magnitude(codes: Tensor) -> Tensor:
     return codes ^ (codes >> 31)
 
 
-def _cheapest_bits(codes: Tensor) -> Tensor:
-    """Return the bits of each column, int64 `[in_features]`: of the two widths at which all take least."""
-    magnitude = _magnitude(codes)
-    widest = int(magnitude.max()).bit_length() + 1
+def _cheapest_bits(codes: Tensor, worth: float) -> Tensor:
+    """Return the bits of each column, int64 `[in_features]`: those two widths at which all take least.
+
+    Args:
+        codes: int32 `[out_features, in_features]`.
+        worth: fraction of the price of one width that two may cost, or there is one.
+    """
+    rows, columns = codes.shape
+    # The exponent of a whole number of up to 24 bits is its length, less 1.
+    lengths = ((_magnitude(codes).float().view(torch.int32) >> 23) - 126).clamp_(min=0)
+    counted = torch.bincount((lengths + _LENGTHS * torch.arange(columns, device=codes.device).int()).view(-1))
+    counts = torch.nn.functional.pad(counted, (0, columns * _LENGTHS - len(counted))).view(columns, _LENGTHS).T
+    widest = int(counts.sum(1).nonzero().max()) + 1
     bits = torch.arange(1, widest + 1, device=codes.device)
-    beyond = torch.stack([(magnitude >> (b - 1) != 0).sum(0) for b in range(1, widest)] + [torch.zeros_like(codes[0])])
-    prices = len(codes) * bits[:, None] + _PRICE_APART * beyond
+    beyond = rows - counts.cumsum(0)[:widest]  # longer than the width less its sign
+    prices = rows * bits[:, None] + _PRICE_APART * beyond
     # The best partner of each width, from all pairs at once.
     pairs = torch.stack([torch.minimum(prices, price).sum(1) for price in prices])
     one, other = divmod(int(pairs.argmin()), widest)
+    alone = prices.sum(1)
+    if pairs.min() > worth * alone.min():
+        return bits[alone.argmin()].expand(columns)
     return torch.where(prices[one] <= prices[other], bits[one], bits[other])
+
+
+_LENGTHS = 25
+"""Bits that a magnitude has: from none to those of a float's whole numbers."""
 
 
 def read(
@@ -124,7 +158,7 @@ def widths_and_grid(
     assert spec.grid is not None
     assert spec.widths is not None
     by_rows = spec.width_axis == "output"
-    widths = torch.empty(spec.shape[0 if by_rows else 1], dtype=torch.uint8, device=tensors["words"].device)
+    widths = torch.empty(spec.shape[0 if by_rows else 1], dtype=torch.uint8, device=tensors["span"].device)
     for run in runs:
         widths[members(tensors.get("order"), run)] = run.bits
     span, origin = tensors["span"], tensors["origin"]
@@ -137,19 +171,20 @@ def _codes(
     spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor], index: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return the codes of some rows, `[n, in_features]`."""
+    laying = laying_of(tensors)
+    laid = tensors[laying.name]
     rows = spec.shape[0] if index is None else len(index)
-    codes = torch.empty(rows, spec.shape[1], dtype=dtype, device=tensors["words"].device)
+    codes = torch.empty(rows, spec.shape[1], dtype=dtype, device=laid.device)
     order = tensors.get("order")
     for run in runs:
         channels = members(order, run)
+        block = block_of(spec, run, laid, laying)
         if spec.width_axis == "output":
             here, place = rows_of_run(order, run, index)
-            block = _block(tensors["words"], run, run.channels, spec.shape[1])[place]
-            codes[here] = lift_fields(block, run.bits, spec.shape[1]).to(dtype)
+            codes[here] = laying.lift(block[place], run.bits, spec.shape[1]).to(dtype)
             continue
-        block = _block(tensors["words"], run, spec.shape[0], run.channels)
-        found = lift_fields(block if index is None else block[index], run.bits, run.channels)
-        codes[:, channels] = (found if spec.layout != "coded" else found.sub_(1 << (run.bits - 1))).to(dtype)
+        found = laying.lift(block if index is None else block[index], run.bits, run.channels).to(dtype)
+        codes[:, channels] = found if spec.layout != "coded" else found.sub_(1 << (run.bits - 1))
     if spec.layout == "coded":
         _set_apart(codes, tensors, index)
     return codes
@@ -166,10 +201,11 @@ def rows_of_run(order: Tensor | None, run: Run, index: Tensor | None) -> tuple[T
     return here, asked[here]
 
 
-def _block(words: Tensor, run: Run, rows: int, count: int) -> Tensor:
-    """Return the words of a run, `[rows, row_words]`."""
-    each = row_words(count, run.bits)
-    return words[run.start : run.start + rows * each].view(rows, each)
+def block_of(spec: WeightSpec, run: Run, laid: Tensor, laying: Laying) -> Tensor:
+    """Return the rows of a run as they lie, `[rows, laying.size]`."""
+    rows, count = (run.channels, spec.shape[1]) if spec.width_axis == "output" else (spec.shape[0], run.channels)
+    each = laying.size(count, run.bits)
+    return laid[run.start : run.start + rows * each].view(rows, each)
 
 
 def _set_apart(codes: Tensor, tensors: dict[str, Tensor], index: Tensor | None) -> None:
@@ -183,3 +219,18 @@ def _set_apart(codes: Tensor, tensors: dict[str, Tensor], index: Tensor | None) 
         entry = torch.arange(len(row), device=at.device) - (last - first).cumsum(0)[row] + last[row]
         place, values = at[entry].long() % columns, tensors["apart"][entry]
     codes[row, place if order is None else order[place].long()] = values
+
+
+def set_values_apart(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Put the values of codes that are apart into a matrix, `[out_features, in_features]`, in place; return it."""
+    at, columns = tensors["apart_at"], weight.shape[1]
+    row = at // columns
+    place = at - row * columns
+    factors = (tensors[name].index_select(0, of) for name, of in (("column_factors", place), ("row_factors", row)))
+    value = tensors["apart"].float()
+    for factor in factors:
+        value *= factor
+    if "order" in tensors:
+        at = row * columns + tensors["order"][place.long()]
+    weight.view(-1).index_copy_(0, at.long(), value.to(weight.dtype))
+    return weight

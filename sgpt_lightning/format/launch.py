@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sgpt_lightning.core.paths import MASKED, Family
+from sgpt_lightning.format.fields import set_values_apart
 from sgpt_lightning.format.layout import WeightSpec
 from sgpt_lightning.format.planes import Run
 
@@ -91,9 +92,4 @@ def unpack(
     if "mask" in tensors:
         return kernels.unpack(masked_runs(kernels, spec, runs, tensors), spec.shape, dtype)
     weight = kernels.unpack(bands_of(kernels, spec, runs, tensors), spec.shape, dtype)
-    if "apart" in tensors:
-        row, place = tensors["apart_at"].long() // spec.shape[1], tensors["apart_at"].long() % spec.shape[1]
-        column = place if "order" not in tensors else tensors["order"][place].long()
-        value = tensors["apart"].float() * tensors["column_factors"][place] * tensors["row_factors"][row]
-        weight[row, column] = value.to(dtype)
-    return weight
+    return set_values_apart(weight, tensors) if "apart" in tensors else weight

@@ -90,10 +90,6 @@ def _pack_coded(solution: Coded, spec: WeightSpec) -> PackedWeight:
     return PackedWeight(spec, tensors)
 
 
-def _unpack_coded(matrices: Sequence[PackedWeight]) -> list[Tensor]:
-    return [solution.weight() for solution in _decode_coded(matrices)]
-
-
 def _decode_coded(matrices: Sequence[PackedWeight]) -> list[Coded]:
     for packed in matrices:
         level = packed.tensors["weight_level"]
@@ -138,14 +134,11 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
 
 def unpack_weights(matrices: Sequence[PackedWeight]) -> list[Tensor]:
     """Unpack matrices as `unpack_weight` does one; small coded ones take a fifth of the time side by side."""
-    for packed in matrices:
-        check_sizes(packed)
-    coded = iter(_unpack_coded([packed for packed in matrices if packed.spec.layout == "coded"]))
-    return [next(coded) if packed.spec.layout == "coded" else _fixed(packed).weight() for packed in matrices]
+    return [solution.weight() for solution in unpack_solutions(matrices)]
 
 
 def some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
-    """Yield names, in order, of as many matrices as `unpack_weights` may take: `UNPACKED_AT_ONCE` weights, or one."""
+    """Yield names, in order, of as many matrices as may be unpacked at once: `UNPACKED_AT_ONCE` weights, or one."""
     names: list[str] = []
     room = UNPACKED_AT_ONCE
     for name, weight in packed.items():
@@ -159,16 +152,18 @@ def some_at_once(packed: Mapping[str, PackedWeight]) -> Iterator[list[str]]:
         yield names
 
 
-def unpack_solution(packed: PackedWeight) -> Solution:
-    """Return what `pack_as` made the packed form of: codes or values, mask, widths and grid, where its tensors are.
+def unpack_solutions(matrices: Sequence[PackedWeight]) -> list[Solution]:
+    """Return what `pack_as` made packed forms of: codes or values, mask, widths and grid, where their tensors are.
 
     Codes of removed weights are 0, unless the layout is `dense`: it has no mask, and they are codes like others.
 
     Raises:
         ValueError: a tensor is missing or its size does not fit the specification.
     """
-    check_sizes(packed)
-    return _decode_coded([packed])[0] if packed.spec.layout == "coded" else _fixed(packed)
+    for packed in matrices:
+        check_sizes(packed)
+    coded = iter(_decode_coded([packed for packed in matrices if packed.spec.layout == "coded"]))
+    return [next(coded) if packed.spec.layout == "coded" else _fixed(packed) for packed in matrices]
 
 
 def _fixed(packed: PackedWeight) -> Pruned | Quantized:

@@ -23,14 +23,14 @@ LANE = 32
 
 
 class Run(NamedTuple):
-    """Channels of one width that lie together in memory, on their way through a matrix's words."""
+    """Channels of one width that lie together in memory, on their way through a matrix's words or bytes."""
 
     bits: int
     first: int
     """Position of its first channel in the order of channels."""
     channels: int
     start: int
-    """Its first word."""
+    """Its first word or byte."""
 
 
 def row_words(count: int, bits: int) -> int:

@@ -11,7 +11,8 @@ in the same place. Whatever it is called, this is where `transformers_weights` g
 import copy
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sgpt_lightning.arguments import check_choice
 from sgpt_lightning.checkpoint.load import fill_tables
 from sgpt_lightning.checkpoint.reading import (
-    blaming,
     check_counts,
     check_shapes,
     naming,
     read_description,
     read_headers,
+    some_together,
     take_packed,
 )
 from sgpt_lightning.format.description import CONFIG, RESIDENT, SHARD_INDEX, WEIGHT_FILE, Description, Residence
 from sgpt_lightning.format.directory import MANIFEST, CheckpointError
+from sgpt_lightning.format.packing import unpack_weights
+from sgpt_lightning.format.resident import reside_together
 from sgpt_lightning.hf.saving import Source, save_as_loaded
 from sgpt_lightning.models.blocks import mark_compressed
+from sgpt_lightning.models.hub import fetch_beside
 from sgpt_lightning.packed.modules import pack_model, packed_modules, tied_to_packed, unpack_model
 
 OF_A_MODEL = re.compile(rf"{WEIGHT_FILE.pattern}|{re.escape(SHARD_INDEX)}|(generation_)?config\.json")
@@ -64,6 +68,7 @@ class SgptQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._checked: Path | None = None
+        self._shown = time.time_ns()
         self._resident = ""
         self._source: Source | None = None
         self._ties: list[tuple[Any, str, Any]] = []
@@ -107,6 +112,7 @@ class SgptQuantizer(HfQuantizer):
         if not files or not all(WEIGHT_FILE.fullmatch(file.name) for file in files):
             raise ValueError(f"a compressed model is loaded from the files of its directory, got {files!r}")
         path = files[0].parent
+        fetch_beside(files[0], MANIFEST, self._shown)
         if (path / MANIFEST).is_file():
             names = {file.name for file in files}  # in the hub's cache the others need not be there
             self._check(path, names.__contains__)
@@ -155,20 +161,24 @@ class SgptQuantizer(HfQuantizer):
             fill_tables(model, self._source.read_tables(model))
         model.config.__dict__.pop("transformers_weights", None)
         mark_compressed(model)
+        modules, specs = packed_modules(model), self.description.packed
+        file = self._source.path / CONFIG
         if self._resident == "dense":
-            return self._dequantize(model)
-        for name, module in packed_modules(model).items() if self._resident == "packed" else ():
-            if module.holder is module:
-                with blaming(self._source.path / CONFIG, name):
-                    module.reside()
+            weights = some_together(unpack_weights, specs, lambda name: modules[name].packed_weight, file)
+            return self._dequantize(model, unpacked=weights)
+        if self._resident == "packed":
+            for name, form in some_together(reside_together, specs, lambda name: modules[name].packed_weight, file):
+                modules[name].reside(form)
         model.requires_grad_(False)  # or autograd keeps every weight that a forward unpacks
         self._source.remember(model)
         save_as_loaded(model, self._source)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: Any, dtype: torch.dtype | None = None, unpacked: Iterable[tuple[str, torch.Tensor]] | None = None
+    ) -> nn.Module:
         """Make an ordinary model of it, in the dtype that it computes in."""
-        unpack_model(model)
+        unpack_model(model, unpacked)
         for part, attribute, keys in self._ties:
             setattr(part, attribute, keys)
         model.config.__dict__.pop("_is_quantized", None)

@@ -18,7 +18,7 @@ autograd keeps the weight that was unpacked for it.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Packed(nn.Module):
         form = self.resident
         rounded = self.compute_dtype if self.compute_dtype in QUICK_DTYPES else torch.float32
         matrix = unpack_weight(self.packed_weight) if form is None else form.weight(rounded)
-        return self._formed(matrix).to(self.compute_dtype).contiguous()
+        return self.formed(matrix)
 
     def veil(self, veiled: bool) -> None:
         """Let `weight` be a tensor without memory, or no longer: for code that initializes what was not loaded."""
@@ -86,13 +86,16 @@ class Packed(nn.Module):
         found = {name: tensor for name, tensor in self._buffers.items() if name.startswith(prefix)}
         return {name.removeprefix(IN_MEMORY): tensor for name, tensor in found.items() if tensor is not None}
 
-    def reside(self) -> None:
-        """Bring the file's tensors into the form of `format/resident.py`; for the holder of them.
+    def reside(self, form: Resident | None = None) -> None:
+        """Let the form of `format/resident.py` take the place of the file's tensors; for the holder of them.
+
+        Args:
+            form: what `reside` makes of the packed weight; None makes it here.
 
         Raises:
-            ValueError: they cannot be unpacked.
+            ValueError: the file's tensors cannot be unpacked.
         """
-        form = reside(self.packed_weight)
+        form = form or reside(self.packed_weight)
         self.drop_tensors()
         self.__dict__["_form"] = form.with_tensors({})
         for name, tensor in form.tensors.items():
@@ -103,6 +106,18 @@ class Packed(nn.Module):
         for name in [name for name in self._buffers if name.startswith((STORED, IN_MEMORY))]:
             del self._buffers[name]
 
+    def drop_for(self, weight: nn.Parameter | None) -> None:
+        """Become the dense module again, with a weight in the place of the packed one."""
+        self.drop_tensors()
+        for name in ("spec", "compute_dtype", "_owner", "_form", "_veiled"):
+            self.__dict__.pop(name, None)
+        self.__class__ = self.__dict__.pop("dense_class")
+        self.register_parameter("weight", weight)
+
+    def formed(self, matrix: Tensor) -> Tensor:
+        """Return float32 `[out_features, in_features]` in the dtype and the form that the dense module has."""
+        return self._formed(matrix).to(self.compute_dtype).contiguous()
+
     def _formed(self, matrix: Tensor) -> Tensor:
         return matrix
 
@@ -111,14 +126,19 @@ class Packed(nn.Module):
 
         A prompt is no such thing, however short: its products have kernels of their own, which take long to compile.
         """
-        form = self.resident
         few = 0 < x.numel() <= MOST_ROWS * x.shape[-1] and (x.dim() < 3 or x.shape[-2] == 1)
-        if form is None or not few or x.dtype not in QUICK_DTYPES or x.requires_grad or not on_gpu(x):
+        if (
+            not few
+            or not on_gpu(x)
+            or x.dtype not in QUICK_DTYPES
+            or x.requires_grad
+            or (form := self.resident) is None
+        ):
             return None
         return form.matvec(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
-        """Move the stored tensors as others, but never cast them: `model.half()` is about how to compute."""
+        """Move packed tensors as others, but never cast them: `model.half()` is about how to compute."""
         stored = self.tensors(STORED)
         super()._apply(fn, recurse)
         for name, before in stored.items():
@@ -126,6 +146,9 @@ class Packed(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        form = self.resident
+        if form is not None and self.holder is self and (suited := form.suited()) is not form:
+            self.reside(suited)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -236,17 +259,22 @@ def pack_model(model: nn.Module, packed: Mapping[str, PackedWeight], aliases: Ma
         pack_module(model.get_submodule(alias), packed[owner], model.get_submodule(owner))
 
 
-def unpack_model(model: nn.Module) -> None:
-    """Turn the packed modules of a model into dense ones, in place, one by one; tied ones share a parameter again."""
-    owners = {module: module.holder for module in packed_modules(model).values()}
-    for module in sorted(owners, key=lambda module: owners[module] is not module):  # owners first
-        owner = owners[module]
-        weight = nn.Parameter(module.weight, requires_grad=False) if owner is module else owner._parameters["weight"]
-        module.drop_tensors()
-        for name in ("spec", "compute_dtype", "_owner", "_form", "_veiled"):
-            module.__dict__.pop(name, None)
-        module.__class__ = module.__dict__.pop("dense_class")
-        module.register_parameter("weight", weight)
+def unpack_model(model: nn.Module, unpacked: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    """Turn the packed modules of a model into dense ones, in place, one by one; tied ones share a parameter again.
+
+    Args:
+        model: the model.
+        unpacked: the weights of the modules that hold one, by their names, float32 `[out_features, in_features]`; None
+            unpacks one after the other.
+    """
+    modules = packed_modules(model)
+    tied = {name: module.holder for name, module in modules.items() if module.holder is not module}
+    holders = ((name, None) for name in modules.keys() - tied.keys()) if unpacked is None else unpacked
+    for name, matrix in holders:
+        module = modules[name]
+        module.drop_for(nn.Parameter(module.weight if matrix is None else module.formed(matrix), requires_grad=False))
+    for name, owner in tied.items():
+        modules[name].drop_for(owner._parameters["weight"])
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

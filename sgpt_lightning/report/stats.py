@@ -83,6 +83,11 @@ class QuantizationStats:
         unquantized = sum(linear.mean_bits is None for linear in self.linears)
         if average is not None and unquantized:
             lines.append(f"Layers that were not quantized (16+ in the table): {unquantized}")
+        names = {linear.name for linear in self.linears}
+        if any(base in names for base, number, _ in (name.rpartition(" #") for name in names) if number):
+            lines.append(
+                "A name that came twice is numbered, in the order of the solves; full names tell blocks apart."
+            )
         prefix = _shared_prefix([linear.name for linear in self.linears]) if len(self.linears) > 1 else ""
         if prefix:
             lines.append(f"Layers of {prefix.removesuffix('.')}:")
@@ -92,6 +97,25 @@ class QuantizationStats:
     def print_summary(self) -> None:
         """Print the summary."""
         print(self.summary())
+
+
+def solve_line(linear: LinearReport, zeros: float, seconds: float) -> str:
+    """Say on one line what a solve made of one layer.
+
+    Channels per width are input channels, or output channels for the allocation `rows`; of entropy-coded ones, bits are
+    rounded to whole ones.
+
+    Args:
+        linear: its report.
+        zeros: fraction of zeros in the weight, survivors that are rounded to zero included.
+        seconds: that the solve took.
+    """
+    parts = [f"zeros {zeros:.1%}", f"{linear.bits_per_weight:.2f} bits/weight"]
+    if linear.mean_bits is not None:
+        widths = " ".join(f"{bits} bit({count})" for bits, count in linear.bits_histogram.items())
+        parts = [widths, f"mean {linear.mean_bits:.2f} bits", *parts]
+    parts.append("error unknown" if linear.relative_error is None else f"error {linear.relative_error:.4f}")
+    return f"[{linear.name or 'unnamed'}] {' | '.join([*parts, f'{seconds:.2f} s'])}"
 
 
 def _free_name(name: str, taken: set[str]) -> str:

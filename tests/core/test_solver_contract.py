@@ -14,7 +14,7 @@ from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.objective import make_objective
 from sgpt_lightning.core.scales import ColumnScales
 from sgpt_lightning.core.solution import SolveError
-from sgpt_lightning.core.solver import compress_linear
+from sgpt_lightning.core.solver import LinearToSolve, compress_linear, compress_linears
 from sgpt_lightning.core.sweep import sweep
 from sgpt_lightning.presets import PRESETS
 from sgpt_lightning.recipe import Recipe
@@ -186,3 +186,25 @@ def test_inputs_that_never_vary_are_left_to_the_bias(bits):
     expected = weight.double() @ constant[0].double()
     answered = result.weight().double() @ constant[0].double() + result.bias_shift.double()
     torch.testing.assert_close(answered, expected, rtol=0, atol=1e-5)  # float32 sums of 32 terms of size 1
+
+
+@pytest.mark.parametrize(
+    ("own", "recipe", "message"),
+    [
+        ({"symmetric": True}, {"preset": "best"}, "fc1 is to have a symmetric grid, which min-max grids of whole rows"),
+        ({"symmetric": True}, {"preset": "gptq", "group_size": 8}, "fc1 is to have a symmetric grid"),
+        ({"symmetric": True}, {"coding": "entropy", "target_bits_per_weight": 3}, "fc1 is to have a symmetric grid"),
+        (
+            {"symmetric": True},
+            {"preset": "gptq", "on_failure": "round"},
+            "fc1 has settings .* on_failure must be 'error'",
+        ),
+        ({"widths": torch.full((40,), 4)}, {"preset": "gptq"}, "allocation must be 'quantile', got 'uniform'"),
+    ],
+)
+def test_settings_of_a_linear_that_its_recipe_has_no_place_for_are_refused(own, recipe, message):
+    statistics = InputStatistics(40)
+    statistics.add(correlated_inputs(100, 40))
+    linear = LinearToSolve(random_weight(12, 40), "fc1", **own)
+    with pytest.raises(ValueError, match=message):
+        compress_linears([linear], statistics, Recipe(**recipe), coded_size=lambda codes: [0.0])

@@ -5,6 +5,9 @@ import torch
 from oracles import generator
 from residents import coded, quantized, solutions
 
+from sgpt_lightning.core import paths
+from sgpt_lightning.core.solution import Solution
+from sgpt_lightning.format.layings import BYTES, WORDS, lay_bytes, laying_of, lift_bytes, row_bytes
 from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import pack_weight, unpack_weight
 from sgpt_lightning.format.planes import lane_order, lay_fields, lift_fields, row_words
@@ -27,9 +30,26 @@ def assert_same_bytes(ours: PackedWeight, expected: PackedWeight) -> None:
         )
 
 
+@pytest.fixture
+def in_words(monkeypatch) -> None:
+    """Lay weights out as for a GPU whose kernels cannot be used."""
+    families = (paths.MATVEC, paths.UNPACK, paths.MASKED, paths.DECODE, paths.ENCODE)
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
+    monkeypatch.setattr(paths, "_refused", {f"{family.name} on cpu": "a test" for family in families})
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_weight_rows_and_the_stored_form_are_bit_for_bit_what_was_packed(case):
-    solution = CASES[case]
+    assert_all_that_was_packed(CASES[case])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("35")])
+@pytest.mark.usefixtures("in_words")
+def test_so_they_are_in_words(case):
+    assert_all_that_was_packed(CASES[case])
+
+
+def assert_all_that_was_packed(solution: Solution) -> None:
     packed = pack_weight(solution)
     resident = reside(packed)
     expected = solution.weight()
@@ -87,6 +107,40 @@ def test_fields_lie_where_the_drawing_says(bits, count):
     assert lane_order(count, torch.device("cpu")).tolist() == by_lanes + list(range(lanes * 32, count))
 
 
+@pytest.mark.parametrize("bits", [*range(1, 9), 13, 25])
+@pytest.mark.parametrize("count", [7, 10, 70])
+def test_in_bytes_they_lie_where_that_drawing_says(bits, count):
+    fields = torch.randint(1 << bits, (3, count), generator=generator(bits), dtype=torch.int32)
+    fields[0] = (1 << bits) - 1
+    data = lay_bytes(fields, bits)
+    assert data.shape == (3, row_bytes(count, bits))
+    assert 8 * data.shape[1] - count * bits < 8 * 5  # a byte a piece at most
+    for row, field_row in zip(data.tolist(), fields.tolist(), strict=True):
+        lowest, left = 0, row
+        for piece in [8] * (bits // 8) + [piece for piece in (4, 2, 1) if bits & piece]:
+            size = -(-count * piece // 8)
+            for number, byte in enumerate(left[:size]):
+                members = [field >> lowest & ((1 << piece) - 1) for field in field_row[number::size]]
+                assert byte == sum(member << piece * place for place, member in enumerate(members))
+            lowest, left = lowest + piece, left[size:]
+        assert (lowest, left) == (bits, [])
+    assert torch.equal(lift_bytes(data, bits, count).int(), fields)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("35")][::3])
+def test_a_weight_that_moves_to_where_kernels_are_is_laid_out_for_them_and_back(case, monkeypatch):
+    resident = reside(pack_weight(CASES[case]))
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
+    there = resident.to("cpu")
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cuda"])
+    if resident.runs:
+        assert (laying_of(resident.tensors), laying_of(there.tensors)) == (BYTES, WORDS)
+    back = there.to("cpu")
+    assert back.tensors.keys() == resident.tensors.keys()
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in resident.tensors.items())
+    assert torch.equal(there.weight(), resident.weight())
+
+
 @pytest.mark.parametrize(
     ("solution", "most"),
     [
@@ -114,8 +168,19 @@ def test_three_coded_bits_take_four_and_a_half_in_memory():
 
 def test_codes_far_out_are_kept_apart_and_do_not_widen_their_columns():
     near, far = (reside(pack_weight(coded(600, 64, 1.3, far))) for far in (0, 8))
-    assert far.tensors["words"].nbytes <= near.tensors["words"].nbytes
+    assert far.tensors["bytes"].nbytes <= near.tensors["bytes"].nbytes
     assert int((far.tensors["apart"].abs() == 2**24 - 1).sum()) == 8
+
+
+def test_a_cpu_has_two_widths_where_they_save_a_fifth_and_kernels_where_they_save_anything(monkeypatch):
+    alike, apart = coded(256, 128, 1.85), coded(256, 128, 1.85)
+    apart.codes[:, ::2] *= 60  # six bits more
+    resident = {name: reside(pack_weight(solution)) for name, solution in (("alike", alike), ("apart", apart))}
+    assert [len(resident[name].runs) for name in ("alike", "apart")] == [1, 2]
+    monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
+    words = resident["alike"].suited()
+    assert len(words.runs) == 2
+    assert resident["alike"].nbytes <= 1.08 * words.nbytes
 
 
 @pytest.mark.parametrize("shape", [(3, 44), (45,), (MOST_ROWS + 1, 45)])

@@ -1,9 +1,11 @@
 """What `from_pretrained` of transformers makes of our directories: the model that was in memory, its weights packed."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel, pipeline
 import sgpt_lightning.checkpoint.save
 from sgpt_lightning.calibration.compress import compress
 from sgpt_lightning.checkpoint.load import load_compressed
+from sgpt_lightning.format.resident import reside_together
 from sgpt_lightning.models.names import load_tokenizer
 from sgpt_lightning.packed.modules import Packed, PackedEmbedding, PackedLinear
 from sgpt_lightning.recipe import Recipe
@@ -173,3 +176,29 @@ def test_text_is_generated_as_the_dense_model_does_alone_and_in_a_pipeline(tmp_p
     with torch.no_grad():
         expected = load_compressed(tmp_path / "out").generate(ids, **options)[0]
     assert said[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_coded_weights_are_decoded_side_by_side_and_a_load_lets_go_of_their_bytes(forms, monkeypatch):
+    decoded, stored, threads = [], [], []
+
+    def watched(matrices):
+        threads.append(torch.get_num_threads())
+        gc.collect()
+        assert not [reference for reference in stored if reference() is not None]  # those of the last call
+        stored.extend(weakref.ref(packed.tensors["weight_stream"]) for packed in matrices)
+        decoded.append(len(matrices))
+        return reside_together(matrices)
+
+    monkeypatch.setattr("sgpt_lightning.hf.quantizer.reside_together", watched)
+    weights = described(forms[0] / "opt-coded")["packed"]
+    load(forms[0] / "opt-coded")
+    assert decoded == [len(weights)]
+    stored.clear(), decoded.clear()
+    monkeypatch.setattr("sgpt_lightning.format.packing.UNPACKED_AT_ONCE", 5_000)
+    load(forms[0] / "opt-coded")
+    assert sum(decoded) == len(weights)
+    assert max(decoded) < len(weights)
+    torch.set_num_threads(3)
+    load(forms[0] / "opt-coded")
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == 3

@@ -62,10 +62,10 @@ def interpreted(monkeypatch) -> Iterator[list[str]]:
 
 
 def resident_of(solution: Solution, monkeypatch) -> Resident:
-    """Lay out first, and let kernels work on CPU tensors then."""
+    """Decode first, and let kernels work on CPU tensors then, for which they are laid out anew."""
     resident = reside(pack_weight(solution))
     monkeypatch.setattr(paths, "_KERNEL_DEVICES", ["cpu"])
-    return resident
+    return resident.suited()
 
 
 def assert_product(found: torch.Tensor, x: torch.Tensor, solution: Solution) -> None:

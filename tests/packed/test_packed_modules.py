@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from sgpt_lightning.core import paths
 from sgpt_lightning.core.solution import Coded, Pruned
 from sgpt_lightning.format.packing import PackedWeight, pack_weight, unpack_weight
 from sgpt_lightning.format.resident import Resident
@@ -91,6 +92,20 @@ def test_a_resident_table_unpacks_the_rows_that_are_looked_up_and_no_others(monk
     ours.reside()
     monkeypatch.setattr("sgpt_lightning.format.resident.Resident.weight", lambda *_: pytest.fail("all were unpacked"))
     assert ours(torch.tensor([[7, 7, 3]])).shape == (1, 3, 16)
+
+
+def test_a_module_that_moves_is_laid_out_for_where_it_comes_to(monkeypatch):
+    packed, x = coded(24, 40), torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    ours = replaced(nn.Linear(40, 24), packed, torch.zeros(24, 40))
+    ours.reside()
+    expected = ours(x)
+    monkeypatch.setattr(paths, "_refused", {f"{paths.UNPACK.name} on cpu": "a test"})
+    for kernels, codes in ((["cpu"], "resident_words"), (["cuda"], "resident_bytes")):
+        monkeypatch.setattr(paths, "_KERNEL_DEVICES", kernels)
+        ours.to("cpu")
+        assert [name for name, _ in ours.named_buffers() if name in ("resident_words", "resident_bytes")] == [codes]
+        assert torch.equal(ours(x), expected)
+    assert all(torch.equal(tensor, packed.tensors[name]) for name, tensor in ours.packed_weight.tensors.items())
 
 
 def test_what_is_stored_comes_back_from_memory_to_the_last_byte():
