@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
 from sgpt_lightning.calibration.compress import compress
-from sgpt_lightning.checkpoint.contents import contents
+from sgpt_lightning.checkpoint.contents import Content, contents
 from sgpt_lightning.checkpoint.save import MAX_SHARD_SIZE, write_weights
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.guards import own_random_state
@@ -87,17 +87,22 @@ def file_bytes(model: nn.Module, solved: Mapping[str, SolvedLinear], blocks: int
     decoder = find_decoder_blocks(model)
     tensors, _ = contents(model, solved, torch.float16)
     here = f"{decoder.name(0)}."
-    all_tensors: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    all_tensors: dict[str, Content] = {}
+    for name, content in tensors.items():
         if name.startswith(here):
             parent = here.removesuffix("0.")
             names = [f"{parent}{index}.{name.removeprefix(here)}" for index in range(blocks)]
-            all_tensors |= {each: tensor.clone() for each in names}  # a file shares no memory
+            all_tensors |= dict.fromkeys(names, _copied(content))  # a file shares no memory
         else:
-            all_tensors[name] = tensor
+            all_tensors[name] = content
     with tempfile.TemporaryDirectory() as directory:
         write_weights(Path(directory), all_tensors, MAX_SHARD_SIZE)
         return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+
+
+def _copied(content: Content) -> Content:
+    """Return a tensor of the file that is another one each time that it is made."""
+    return content._replace(make=lambda: content.make().clone())
 
 
 def size_table(config: Any) -> str:
