@@ -14,12 +14,11 @@ A file is what `sgpt fit` calls `sgpt.safetensors`. MB are 10^6 bytes.
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig
 
 from sgpt_lightning.calibration.compress import compress
@@ -93,7 +92,7 @@ def file_bytes(model: nn.Module, solved: Mapping[str, SolvedLinear], blocks: int
         if name.startswith(here):
             parent = here.removesuffix("0.")
             names = [f"{parent}{index}.{name.removeprefix(here)}" for index in range(blocks)]
-            all_tensors |= dict.fromkeys(names, content._replace(make=partial(_copy, content)))
+            all_tensors |= dict.fromkeys(names, _copied(content))  # a file shares no memory
         else:
             all_tensors[name] = content
     with tempfile.TemporaryDirectory() as directory:
@@ -101,8 +100,9 @@ def file_bytes(model: nn.Module, solved: Mapping[str, SolvedLinear], blocks: int
         return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
 
 
-def _copy(content: Content) -> Tensor:
-    return content.make().clone()  # tensors of a file share no memory
+def _copied(content: Content) -> Content:
+    """Return a tensor of the file that is another one each time that it is made."""
+    return content._replace(make=lambda: content.make().clone())
 
 
 def size_table(config: Any) -> str:

@@ -60,7 +60,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 ALL = 'Recipe(preset="gptq")'
 FEW = 'Recipe(coding="entropy", target_bits_per_weight=4.0, ignore=["*.fc?", "*.[qvo]*_proj"{}])'
-"""One budget for the model, by gradients; one linear of ten blocks is solved, and nearly all is written dense."""
+"""One budget for the model, by gradients; one linear is solved, and all others are written dense."""
 
 
 def run(
@@ -81,11 +81,11 @@ def test_a_model_is_compressed_within_half_of_its_size(models, tmp_path):
 
 
 def test_a_model_that_stays_dense_for_the_most_part_is_planned_and_written_within_half_of_its_size(models, tmp_path):
-    done = run("streamed", models, tmp_path / "out", FEW, ', "*.??.*"')
+    done = run("streamed", models, tmp_path / "out", FEW, ', "*.[1-9].*", "*.??.*"')
     assert done.returncode == 0, done.stderr
     written = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert sum(tensor.nbytes for tensors in written for tensor in tensors.values()) > 0.95 * 200e6
-    assert sum(name.endswith("k_proj.weight_stream") for tensors in written for name in tensors) == 10
+    assert sum(name.endswith("k_proj.weight_stream") for tensors in written for name in tensors) == 1
     assert len(written) > 3
 
 
