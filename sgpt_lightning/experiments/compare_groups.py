@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sgpt_lightning.experiments.ablate import spread_of
 from sgpt_lightning.experiments.arms import Arm
 from sgpt_lightning.experiments.figures import write_bars
-from sgpt_lightning.experiments.group_rule import Kind, Share, grouped
+from sgpt_lightning.experiments.group_rule import InformedGroups, Kind, Share, grouped
 from sgpt_lightning.experiments.report import StudyReport
 from sgpt_lightning.experiments.rows import Journal, Row
 from sgpt_lightning.experiments.study import Outcome, Setting, by_arm, run_study
@@ -43,21 +43,21 @@ class Case(NamedTuple):
     preset: Preset
     bits: int
 
-    def arms(self, share: Share, draws: int) -> list[Arm]:
+    def arms(self, informed: InformedGroups, draws: int) -> list[Arm]:
         """Return no groups, then all ways to group, then other uses of the bytes."""
         uniform: dict[str, Any] = {"preset": self.preset, "target_avg_bits": self.bits}
         mixed = uniform | {"uniform_if_better": False}
         loss, one = Recipe(allocation="loss", **mixed), Recipe(allocation="uniform", **uniform)
-        by_group = one if share == "grid" else loss
+        by_group = one if informed.share == "grid" else loss
 
         def arm(name: str, recipe: Recipe, kind: Kind, draw: int = 0) -> Arm:
-            return Arm(f"{self.name}, {name}", recipe, grouped(kind, share, COUNTS[share], draw))
+            return Arm(f"{self.name}, {name}", recipe, grouped(kind, informed, draw))
 
         arms = [Arm(f"{self.name}, {NONE}", one), arm(INFORMATION, by_group, "information")]
         arms += [arm(f"{RANDOM} {draw}", by_group, "random", draw) for draw in range(draws)]
         arms += [arm("sorted", by_group, "sorted"), arm("contiguous", by_group, "contiguous")]
         arms.append(arm("a width per channel, loss", loss, "channels"))
-        if share == "grid":
+        if informed.share == "grid":
             budget = Recipe(allocation="budget", **mixed)
             arms.append(arm("a width per channel, budget", budget, "channels"))
             arms.append(arm("one bit more, random", replace(budget, widths=(self.bits, self.bits + 1)), "shuffled"))
@@ -75,7 +75,8 @@ CASES = (
 def compare_groups(setting: Setting, journal: Journal, quick: bool, *, share: Share) -> StudyReport:
     """Compare groupings in all cases; arguments as the commands', and what a group shares."""
     cases, draws = (CASES[:1], 2) if quick else (CASES, DRAWS)
-    outcome = run_study(setting, [arm for case in cases for arm in case.arms(share, draws)], journal)
+    informed = InformedGroups(COUNTS[share], share)
+    outcome = run_study(setting, [arm for case in cases for arm in case.arms(informed, draws)], journal)
     text = outcome.texts[0]
     sections = [f"{group_table(outcome, case.name, text)}\n\n{verdict(outcome, case.name, text)}" for case in cases]
     said = (

@@ -38,6 +38,8 @@ class Rule:
     """Its name and numbers, plain JSON values."""
     followed: Callable[[int], AbstractContextManager[None]]
     """Called with a seed, a context in which every solve follows it."""
+    show: Callable[[nn.Module, Sequence[Mapping[str, Tensor]]], None] | None = None
+    """Called with the dense model and the calibration batches before that, if the rule wants to know them."""
 
 
 @contextmanager

@@ -12,21 +12,22 @@ A range takes 24 bits a row and group, a group number ceil(log2 groups) bits a c
 by way of a rule has the true size. The format knows no groups that are not contiguous: such a file only is counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgpt_lightning.calibration import solving
+from sgpt_lightning.calibration.collector import InputCollector
 from sgpt_lightning.core import rounding
 from sgpt_lightning.core.budget import count_survivors, grid_kind
 from sgpt_lightning.core.grids import Grid, Scale, WidthAxis, fit_affine_grid
 from sgpt_lightning.core.linear import LinearProblem, Rounded, Start
-from sgpt_lightning.core.problem import InputProblem
+from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.core.ranges import search_grid
 from sgpt_lightning.core.sizes import index_bits
 from sgpt_lightning.core.solution import Quantized, Solution
@@ -35,6 +36,10 @@ from sgpt_lightning.experiments.grouping import allocate_groups, group_channels
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.layout import PackedWeight, origin_name
 from sgpt_lightning.format.packing import pack_weight, unpack_solution, unpack_weight
+from sgpt_lightning.guards import evaluation_mode
+from sgpt_lightning.models.batches import model_inputs
+from sgpt_lightning.models.blocks import find_decoder_blocks
+from sgpt_lightning.models.identity import exact_digest, weights_digest
 
 Share = Literal["width", "grid"]
 Kind = Literal["information", "random", "sorted", "contiguous", "channels", "shuffled"]
@@ -90,43 +95,75 @@ def fit_grouped(problem: LinearProblem, survivors: Tensor, widths: Tensor, group
     return GroupedGrid.of(Grid(kind, span, origin, bits), groups)
 
 
-def grouped(kind: Kind, share: Share, count: int | Literal["auto"], draw: int = 0) -> Rule:
+class InformedGroups:
+    """Groups by mutual information of what linears receive in a dense model; they are kept for the next rule.
+
+    Args:
+        count: groups at most, or `auto`.
+        share: what a group is to have.
+    """
+
+    def __init__(self, count: int | Literal["auto"], share: Share) -> None:
+        self.count, self.share = count, share
+        self._by_name: dict[str, Tensor] = {}
+        self._shown: str | None = None
+
+    def _made(self, statistics: InputStatistics) -> Tensor:
+        # A range for weights of inputs that say nothing would be a waste; a narrow width for them is none.
+        return group_channels(statistics, self.count, dead_apart=self.share == "width")
+
+    @torch.no_grad()
+    def show(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Make the groups of all linears in decoder blocks, unless it was this model and these batches already."""
+        windows = ((str(index), batch["input_ids"]) for index, batch in enumerate(batches))
+        shown = f"{weights_digest(model)} {exact_digest(windows)}"
+        if shown == self._shown:
+            return
+        collector = InputCollector(find_decoder_blocks(model).linears())
+        with evaluation_mode(model):
+            for index, batch in enumerate(batches):
+                with collector.collecting(index):
+                    model(**model_inputs(batch))
+        collector.check()
+        made: dict[str, Tensor] = {}
+        for name in collector.linears:
+            leader = collector.leader(name)
+            made[name] = made[leader] if leader in made else self._made(collector.statistics(name))
+        self._by_name, self._shown = made, shown
+
+    def of(self, problem: LinearProblem) -> Tensor:
+        """Return the group of each column of a linear; by its own input where no model was shown that has it."""
+        known = self._by_name.get(problem.name)
+        return self._made(problem.objective.input.statistics) if known is None else known
+
+
+def grouped(kind: Kind, informed: InformedGroups, draw: int = 0) -> Rule:
     """Return a rule that groups channels.
 
     Args:
         kind: how, see the module's docstring.
-        share: what a group has: one width, for recipes with `allocation` `budget` or `loss`; or a range for each row,
-            for those with `uniform`.
-        count: groups that mutual information makes at most, or `auto`.
+        informed: groups by mutual information, whose sizes all others have, and what a group shares: one width, for
+            recipes with `allocation` `budget` or `loss`; or a range for each row, for those with `uniform`.
         draw: number of the draw, for `random` and `shuffled`.
     """
-    identity = {"rule": "groups", "kind": kind, "share": share, "count": count, "draw": draw}
-    return Rule(identity, lambda seed: _Grouping(kind, share, count, 1000 * seed + draw).followed())
+    identity = {"rule": "groups", "kind": kind, "share": informed.share, "count": informed.count, "draw": draw}
+    return Rule(identity, lambda seed: _Grouping(kind, informed, 1000 * seed + draw).followed(), informed.show)
 
 
 class _Grouping:
     """What a rule does to one linear after the other."""
 
-    def __init__(self, kind: Kind, share: Share, count: int | Literal["auto"], seed: int) -> None:
-        self._kind, self._share, self._count = kind, share, count
+    def __init__(self, kind: Kind, informed: InformedGroups, seed: int) -> None:
+        self._kind, self._informed = kind, informed
         self._generator = torch.Generator().manual_seed(seed)
-        self._known: tuple[InputProblem, Tensor] | None = None
         self._deal = rounding.deal_widths
-
-    def _by_information(self, shared: InputProblem) -> Tensor:
-        """Return the groups of an input, which linears that receive it side by side have in common."""
-        if self._known is None or self._known[0] is not shared:
-            # A range for weights of inputs that say nothing would be a waste; a narrow width for them is none.
-            groups = group_channels(shared.statistics, self._count, dead_apart=self._share == "width")
-            self._known = shared, groups
-        return self._known[1]
 
     def _shuffle(self, values: Tensor) -> Tensor:
         return values[torch.randperm(len(values), generator=self._generator).to(values.device)]
 
     def groups(self, problem: LinearProblem) -> Tensor:
         """Return the group of each column of a linear, int64 `[in_features]`."""
-        groups = self._by_information(problem.objective.input)
+        groups = self._informed.of(problem)
         if self._kind == "information":
             return groups
         if self._kind == "random":
@@ -153,9 +190,9 @@ class _Grouping:
         recipe, shape = problem.recipe, problem.shape
         if self._kind == "shuffled":
             problem = problem._replace(importance=self._shuffle(problem.importance))
-        if self._share == "width":
+        if self._informed.share == "width":
             return problem
-        count = int(self._by_information(problem.objective.input).max()) + 1
+        count = int(self._informed.of(problem).max()) + 1
         tables = 8 * packed_bytes(shape[1], index_bits(len(recipe.widths))) + 7 * len(recipe.widths)
         spare = grouping_bits(shape, count) - tables
         assert recipe.target_avg_bits is not None
@@ -166,7 +203,7 @@ class _Grouping:
     def followed(self) -> Iterator[None]:
         """Let every solve follow the rule."""
         with ExitStack() as stack:
-            if self._share == "width" or self._kind in ("channels", "shuffled"):
+            if self._informed.share == "width" or self._kind in ("channels", "shuffled"):
                 stack.enter_context(replaced(rounding, "deal_widths", self.deal))
             else:
                 stack.enter_context(replaced(rounding, "fit_grid", self.fit))

@@ -14,6 +14,7 @@ from sgpt_lightning.experiments.arms import Arm
 from sgpt_lightning.experiments.controls import replaced
 from sgpt_lightning.experiments.group_rule import (
     GroupedGrid,
+    InformedGroups,
     fit_grouped,
     grouped,
     grouping_bits,
@@ -22,6 +23,7 @@ from sgpt_lightning.experiments.group_rule import (
 )
 from sgpt_lightning.experiments.grouping import group_channels
 from sgpt_lightning.experiments.layer import random_layer
+from sgpt_lightning.format.bits import unpack_bits
 from sgpt_lightning.format.packing import pack_weight
 from sgpt_lightning.recipe import Recipe
 
@@ -36,7 +38,9 @@ def layer():
 
 def solved(layer, collect, kind, share="grid", count=4, draw=0, seed=0, **settings):
     arm = Arm(
-        "grouped", Recipe(**({"preset": "gptq", "target_avg_bits": 3} | settings)), grouped(kind, share, count, draw)
+        "grouped",
+        Recipe(**({"preset": "gptq", "target_avg_bits": 3} | settings)),
+        grouped(kind, InformedGroups(count, share), draw),
     )
     return arm.solve(layer[0], collect(layer[1]), seed).solution
 
@@ -137,16 +141,22 @@ def test_widths_of_channels_take_the_bytes_that_groups_take_and_no_more(layer, c
 
 def test_a_model_is_compressed_by_the_rule_and_what_is_stored_is_what_it_computes_with():
     dense, batches = make_model("opt"), make_batches(4, batch=4)
-    rule = grouped("information", "grid", 2)
-    model = copy.deepcopy(dense)
-    stored = Arm("grouped", Recipe(preset="gptq", target_avg_bits=3), rule).compress(model, batches, 0)
+    informed = InformedGroups(2, "grid")
+    recipe, model = Recipe(preset="gptq", target_avg_bits=3), copy.deepcopy(dense)
+    stored = Arm("grouped", recipe, grouped("information", informed)).compress(model, batches, 0)
     assert len(stored) == 12
     for name, linear in stored.items():
         weight = model.get_submodule(name).weight
         assert torch.equal(unpack_grouped([linear.packed])[0], weight)
         assert linear.report.bytes == 3 * weight.numel() // 8 + 2 * 3 * weight.shape[0] + weight.shape[1] // 8
+    random = Arm("random", recipe, grouped("random", informed))
+    same_sizes = random.compress(copy.deepcopy(dense), batches, 0)
+    for name, linear in stored.items():
+        groups = [each[name].packed.tensors["weight_groups"] for each in (stored, same_sizes)]
+        sizes = [unpack_bits(packed, 1, linear.packed.spec.shape[1]).bincount().tolist() for packed in groups]
+        assert sizes[0] == sizes[1]
     plain = copy.deepcopy(dense)
-    compress(plain, batches, Recipe(preset="gptq", target_avg_bits=3))
+    compress(plain, batches, recipe)
     name = next(iter(stored))
     assert not torch.equal(plain.get_submodule(name).weight, model.get_submodule(name).weight)
 
@@ -156,7 +166,7 @@ def test_the_solve_is_given_back_whatever_happens(share):
     places = [(rounding, "deal_widths"), (rounding, "fit_grid"), (rounding, "allocate_budget"),
               (solving, "pack_weight"), (solving, "unpack_weights")]  # fmt: skip
     before, followed = [getattr(*place) for place in places], []
-    with contextlib.suppress(ZeroDivisionError), grouped("information", share, 4).followed(0):
+    with contextlib.suppress(ZeroDivisionError), grouped("information", InformedGroups(4, share)).followed(0):
         followed.append([getattr(*place) for place in places] != before)
         _ = 1 / 0
     assert followed == [True]
