@@ -10,6 +10,7 @@ for.
 Cases are 3 and 4 bits, dense (GPTQ's solve) and with half of the weights removed (SparseGPT's).
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from sgpt_lightning.experiments.ablate import spread_of
 from sgpt_lightning.experiments.arms import Arm
 from sgpt_lightning.experiments.figures import write_bars
-from sgpt_lightning.experiments.group_rule import InformedGroups, Kind, Share, grouped
+from sgpt_lightning.experiments.group_rule import Grouped, InformedGroups, Kind, Share, grouped
 from sgpt_lightning.experiments.report import StudyReport
 from sgpt_lightning.experiments.rows import Journal, Row
 from sgpt_lightning.experiments.study import Outcome, Setting, by_arm, run_study
@@ -92,7 +93,7 @@ def compare_groups(setting: Setting, journal: Journal, quick: bool, *, share: Sh
                 bars |= {f"{case.name}, {name}": spread_of(values)} if values and name not in (NONE, RANDOM) else {}
         return write_bars(bars, f"perplexity on {text} above random groups'", path)
 
-    return StudyReport(outcome, "\n\n".join([*sections, said]), draw)
+    return StudyReport(outcome, "\n\n".join([*sections, said, structure_table(informed.seen)]), draw)
 
 
 def _rows(outcome: Outcome, case: str) -> dict[str, list[Row]]:
@@ -162,6 +163,24 @@ def group_table(outcome: Outcome, case: str, text: str) -> str:
             cells.append(_in_words(values, digits))
         lines.append((*cells, f"{mean(rows, lambda row: row.seconds):.1f}"))
     return format_table((case, "bits/weight", text, "difference", "output error", "difference", "seconds"), lines)
+
+
+def structure_table(seen: Mapping[str, Grouped]) -> str:
+    """Return what groups by mutual information are like, a Markdown row for each kind of linear, means over blocks."""
+    if not seen:
+        return "The groups are not shown: all rows were measured before."
+    kinds: dict[str, list[Grouped]] = {}
+    for name, groups in seen.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(groups)
+    lines = []
+    for kind, found in kinds.items():
+        sizes = [sorted(groups.sizes) for groups in found]
+        means = [(len(some), some[0], some[-1]) for some in sizes]
+        count, least, most = (statistics.fmean(values) for values in zip(*means, strict=True))
+        inside, between = (statistics.fmean(getattr(groups, part) for groups in found) for part in Grouped._fields[1:])
+        lines.append((kind, f"{count:.1f}", f"{least:.0f}", f"{most:.0f}", f"{inside:.4f}", f"{between:.4f}"))
+    head = ("input of", "groups", "smallest", "largest", "nats inside a group", "nats between groups")
+    return format_table(head, lines)
 
 
 def _in_words(values: Sequence[float], digits: int) -> str:

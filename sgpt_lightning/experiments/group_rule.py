@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from sgpt_lightning.core.ranges import search_grid
 from sgpt_lightning.core.sizes import index_bits
 from sgpt_lightning.core.solution import Quantized, Solution
 from sgpt_lightning.experiments.controls import Rule, replaced
-from sgpt_lightning.experiments.grouping import allocate_groups, group_channels
+from sgpt_lightning.experiments.grouping import allocate_groups, group_channels, inside_and_between, pair_information
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.layout import PackedWeight, origin_name
 from sgpt_lightning.format.packing import pack_weight, unpack_solution, unpack_weight
@@ -95,6 +95,17 @@ def fit_grouped(problem: LinearProblem, survivors: Tensor, widths: Tensor, group
     return GroupedGrid.of(Grid(kind, span, origin, bits), groups)
 
 
+class Grouped(NamedTuple):
+    """The groups of one input."""
+
+    sizes: list[int]
+    """Channels of each group."""
+    inside: float
+    """Mean information of pairs of channels in one group, nats."""
+    between: float
+    """The same of pairs in two groups; NaN where there is one group."""
+
+
 class InformedGroups:
     """Groups by mutual information of what linears receive in a dense model; they are kept for the next rule.
 
@@ -105,6 +116,8 @@ class InformedGroups:
 
     def __init__(self, count: int | Literal["auto"], share: Share) -> None:
         self.count, self.share = count, share
+        self.seen: dict[str, Grouped] = {}
+        """What the groups of the last model that was shown are like, by the first linear that receives an input."""
         self._by_name: dict[str, Tensor] = {}
         self._shown: str | None = None
 
@@ -125,16 +138,19 @@ class InformedGroups:
                 with collector.collecting(index):
                     model(**model_inputs(batch))
         collector.check()
-        made: dict[str, Tensor] = {}
-        for name in collector.linears:
-            leader = collector.leader(name)
-            made[name] = made[leader] if leader in made else self._made(collector.statistics(name))
-        self._by_name, self._shown = made, shown
+        leaders = {name: collector.leader(name) for name in collector.linears}
+        made = {name: self._made(collector.statistics(name)) for name in dict.fromkeys(leaders.values())}
+        self.seen = {name: _described(collector.statistics(name), groups) for name, groups in made.items()}
+        self._by_name, self._shown = {name: made[leader] for name, leader in leaders.items()}, shown
 
     def of(self, problem: LinearProblem) -> Tensor:
         """Return the group of each column of a linear; by its own input where no model was shown that has it."""
         known = self._by_name.get(problem.name)
         return self._made(problem.objective.input.statistics) if known is None else known
+
+
+def _described(statistics: InputStatistics, groups: Tensor) -> Grouped:
+    return Grouped(groups.bincount().tolist(), *inside_and_between(pair_information(statistics), groups))
 
 
 def grouped(kind: Kind, informed: InformedGroups, draw: int = 0) -> Rule:

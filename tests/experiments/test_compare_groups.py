@@ -1,11 +1,20 @@
 """The study of groups: what it says of figures made up by hand, and the command on a tiny model."""
 
+import math
 import re
 
 import pytest
 from readme_runs import run_main
 
-from sgpt_lightning.experiments.compare_groups import CASES, against_random, group_table, is_better, verdict
+from sgpt_lightning.experiments.compare_groups import (
+    CASES,
+    against_random,
+    group_table,
+    is_better,
+    structure_table,
+    verdict,
+)
+from sgpt_lightning.experiments.group_rule import Grouped
 from sgpt_lightning.experiments.rows import Row
 from sgpt_lightning.experiments.study import Outcome, Setting
 
@@ -51,6 +60,17 @@ def test_the_verdict_is_given_for_each_figure_and_needs_two_pairs():
     assert verdict(outcome({"mutual information": [10], "random 0": [11]}), CASE, "text").count("no verdict") == 2
 
 
+def test_what_groups_are_like_is_a_mean_over_blocks():
+    seen = {
+        "0.fc1": Grouped([3, 5], 0.5, 0.1),
+        "1.fc1": Grouped([2, 2, 4], 0.25, 0.2),
+        "0.fc2": Grouped([8], 0.1, math.nan),
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in structure_table(seen).splitlines()[2:]]
+    assert rows == [["fc1", "2.5", "2", "4", "0.3750", "0.1500"], ["fc2", "1.0", "8", "8", "0.1000", "nan"]]
+    assert "measured before" in structure_table({})
+
+
 @pytest.mark.parametrize("share", ["grid", "width"])
 def test_the_command_shows_every_way_to_group_and_a_verdict(share, tiny, texts, tmp_path):
     calibration, held_out = map(str, texts)
@@ -58,15 +78,18 @@ def test_the_command_shows_every_way_to_group_and_a_verdict(share, tiny, texts, 
     run = run_main(
         "compare", "--grouping", share, "--quick", *where, "--windows", 3, "--seeds", 0, "--output", tmp_path
     )
-    rows = [[cell.strip() for cell in line.split("|")] for line in run.out.splitlines() if line.startswith("| ")]
+    tables = run.out.split("Differences are against")
+    rows = [[cell.strip() for cell in line.split("|")] for line in tables[0].splitlines() if line.startswith("| ")]
     names = ["no groups", "mutual information", "random", "sorted", "contiguous", "a width per channel, loss"]
     others = ["a width per channel, budget", "one bit more, random"] if share == "grid" else []
     assert [row[1] for row in rows] == [CASE, *names, *others]
     bits = {row[1]: float(row[2]) for row in rows[1:]}
     if share == "grid":
+        assert len({bits[name] for name in names[1:5]}) == 1
         assert bits["no groups"] < 0.9 * min(bits[name] for name in names[1:])
     else:  # one budget of code bits for all
         assert max(bits.values()) <= 1.02 * min(bits.values())
     assert run.out.count("of 2 pairs") == 2
+    assert re.findall(r"^\| (\w+) ", tables[1], re.MULTILINE)[1:] == ["q_proj", "out_proj", "fc1", "fc2"]
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "rows.csv", "study.json", "figure.png",
                                                          "rows.jsonl"}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def test_widths_of_channels_take_the_bytes_that_groups_take_and_no_more(layer, c
     options = {"allocation": "budget", "uniform_if_better": False, "widths": (2, 3, 4, 5, 6, 8)}
     by_channel = pack_weight(solved(layer, collect, kind, preset=preset, **options)).nbytes
     assert 0.98 * by_group <= by_channel <= by_group
+
+
+def test_groups_are_those_of_the_inputs_that_hooks_see_in_the_dense_model(collect):
+    dense, batches, seen = make_model("opt"), make_batches(4, batch=4), {}
+    names = ["model.decoder.layers.1.fc2", "model.decoder.layers.1.self_attn.v_proj"]
+    for name in names:
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.setdefault(name, []).append(
+                inputs[0].reshape(-1, module.in_features)
+            )
+        )
+    informed = InformedGroups(3, "grid")
+    informed.show(dense, batches)
+    for name in names:
+        problem = SimpleNamespace(name=name)
+        assert torch.equal(informed.of(problem), group_channels(collect(torch.cat(seen[name])), 3, dead_apart=False))
+    runs = len(seen[names[0]])
+    informed.show(dense, batches)
+    assert len(seen[names[0]]) == runs == 4  # the same again is not run again
+    informed.show(dense, batches[1:])
+    assert len(seen[names[0]]) == runs + 3
 
 
 def test_a_model_is_compressed_by_the_rule_and_what_is_stored_is_what_it_computes_with():
