@@ -177,9 +177,9 @@ def structure_table(seen: Mapping[str, Grouped]) -> str:
         sizes = [sorted(groups.sizes) for groups in found]
         means = [(len(some), some[0], some[-1]) for some in sizes]
         count, least, most = (statistics.fmean(values) for values in zip(*means, strict=True))
-        inside, between = (statistics.fmean(getattr(groups, part) for groups in found) for part in Grouped._fields[1:])
-        lines.append((kind, f"{count:.1f}", f"{least:.0f}", f"{most:.0f}", f"{inside:.4f}", f"{between:.4f}"))
-    head = ("input of", "groups", "smallest", "largest", "nats inside a group", "nats between groups")
+        figures = [statistics.fmean(getattr(groups, part) for groups in found) for part in Grouped._fields[1:]]
+        lines.append((kind, f"{count:.1f}", f"{least:.0f}", f"{most:.0f}", *(f"{figure:.4f}" for figure in figures)))
+    head = ("input of", "groups", "smallest", "largest", "nats inside a group", "nats between groups", "silhouette")
     return format_table(head, lines)
 
 

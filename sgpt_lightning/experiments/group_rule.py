@@ -32,7 +32,14 @@ from sgpt_lightning.core.ranges import search_grid
 from sgpt_lightning.core.sizes import index_bits
 from sgpt_lightning.core.solution import Quantized, Solution
 from sgpt_lightning.experiments.controls import Rule, replaced
-from sgpt_lightning.experiments.grouping import allocate_groups, group_channels, inside_and_between, pair_information
+from sgpt_lightning.experiments.grouping import (
+    allocate_groups,
+    dissimilarity,
+    group_channels,
+    inside_and_between,
+    pair_information,
+    silhouette,
+)
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.layout import PackedWeight, origin_name
 from sgpt_lightning.format.packing import pack_weight, unpack_solution, unpack_weight
@@ -104,6 +111,8 @@ class Grouped(NamedTuple):
     """Mean information of pairs of channels in one group, nats."""
     between: float
     """The same of pairs in two groups; NaN where there is one group."""
+    silhouette: float
+    """In [-1, 1]: near 0 where a channel is hardly nearer to its own group than to the next one."""
 
 
 class InformedGroups:
@@ -150,7 +159,9 @@ class InformedGroups:
 
 
 def _described(statistics: InputStatistics, groups: Tensor) -> Grouped:
-    return Grouped(groups.bincount().tolist(), *inside_and_between(pair_information(statistics), groups))
+    information, sizes = pair_information(statistics), groups.bincount().tolist()
+    inside, between = inside_and_between(information, groups)
+    return Grouped(sizes, inside, between, silhouette(dissimilarity(information), groups))
 
 
 def grouped(kind: Kind, informed: InformedGroups, draw: int = 0) -> Rule:

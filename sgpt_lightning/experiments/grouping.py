@@ -69,7 +69,7 @@ def group_channels(
     if count != "auto" and count < 1:
         raise ValueError(f"count must be at least 1 or auto, got {count}")
     live, information = statistics.variance > 0, pair_information(statistics)
-    counts, distances = COUNTS if count == "auto" else (count,), (-2 * information).exp().sqrt()
+    counts, distances = COUNTS if count == "auto" else (count,), dissimilarity(information)
     best, found = -float("inf"), torch.zeros(len(live), dtype=torch.int64, device=live.device)
     for number, clusters in zip(counts, _spectral(information[live][:, live], counts, seed), strict=True):
         labels = torch.full_like(found, number if dead_apart else 0)
@@ -164,11 +164,16 @@ def _renumbered(labels: Tensor) -> Tensor:
     return firsts.argsort().argsort()[labels]
 
 
+def dissimilarity(information: Tensor) -> Tensor:
+    """Return sqrt(1 - r2) = e^-I: 1 for channels that say nothing of each other, 0 for the same; shape as given."""
+    return (-information).exp().fill_diagonal_(0)
+
+
 def silhouette(distances: Tensor, labels: Tensor) -> float:
     """Return the mean silhouette of a clustering, in [-1, 1]; 0 where there is one cluster.
 
     Args:
-        distances: symmetric, zero on the diagonal (taken as such), float `[points, points]`.
+        distances: symmetric, zero on the diagonal, float `[points, points]`.
         labels: the cluster of each point, int64 `[points]`.
     """
     labels = labels.unique(return_inverse=True)[1]
@@ -176,7 +181,7 @@ def silhouette(distances: Tensor, labels: Tensor) -> float:
     sizes = inside.sum(0)
     if len(sizes) == 1:
         return 0.0
-    sums = distances.clone().fill_diagonal_(0) @ inside
+    sums = distances @ inside
     own = labels[:, None]
     within = sums.gather(1, own)[:, 0] / (sizes[labels] - 1).clamp_min(1)
     nearest = (sums / sizes).scatter(1, own, torch.inf).amin(1)

@@ -62,12 +62,15 @@ def test_the_verdict_is_given_for_each_figure_and_needs_two_pairs():
 
 def test_what_groups_are_like_is_a_mean_over_blocks():
     seen = {
-        "0.fc1": Grouped([3, 5], 0.5, 0.1),
-        "1.fc1": Grouped([2, 2, 4], 0.25, 0.2),
-        "0.fc2": Grouped([8], 0.1, math.nan),
+        "0.fc1": Grouped([3, 5], 0.5, 0.1, 0.3),
+        "1.fc1": Grouped([2, 2, 4], 0.25, 0.2, -0.1),
+        "0.fc2": Grouped([8], 0.1, math.nan, 0.0),
     }
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in structure_table(seen).splitlines()[2:]]
-    assert rows == [["fc1", "2.5", "2", "4", "0.3750", "0.1500"], ["fc2", "1.0", "8", "8", "0.1000", "nan"]]
+    assert rows == [
+        ["fc1", "2.5", "2", "4", "0.3750", "0.1500", "0.1000"],
+        ["fc2", "1.0", "8", "8", "0.1000", "nan", "0.0000"],
+    ]
     assert "measured before" in structure_table({})
 
 

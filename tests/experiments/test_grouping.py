@@ -10,6 +10,7 @@ import torch
 from sgpt_lightning.core.allocation import allocate_budget
 from sgpt_lightning.experiments.grouping import (
     allocate_groups,
+    dissimilarity,
     group_channels,
     inside_and_between,
     k_means,
@@ -64,6 +65,7 @@ def test_two_normal_channels_have_the_information_of_their_densities(collect, rh
     terms = np.where(joint > 0, joint * np.log(np.maximum(joint, 1e-300) / np.maximum(apart, 1e-300)), 0)
     integral = terms.sum() * 0.02**2
     assert abs(float(found[0, 1]) - integral) < 1e-3
+    assert float(dissimilarity(found)[0, 1]) == pytest.approx(math.sqrt(1 - rho**2), abs=1e-3)
     assert found[0, 0] == found[1, 1] == 0
     assert found[0, 1] == found[1, 0]
 
