@@ -137,7 +137,7 @@ def is_better(differences: Sequence[float]) -> bool:
 
 def verdict(outcome: Outcome, case: str, text: str) -> str:
     """Return what the rule says of a case, a line for each figure."""
-    figures = {"perplexity": (_perplexity(text), 2), "output error": (_error, 4)}
+    figures = {"perplexity": (_perplexity(text), 2), "output error": (_error, 5)}
     return "\n".join(f"- {case}: {_judged(outcome, case, name, *figures[name])}" for name in figures)
 
 
@@ -157,7 +157,7 @@ def group_table(outcome: Outcome, case: str, text: str) -> str:
     lines = []
     for name, rows in _rows(outcome, case).items():
         cells = [name, f"{mean(rows, lambda row: row.bits_per_weight):.3f}"]
-        for read, digits in ((_perplexity(text), 2), (_error, 4)):
+        for read, digits in ((_perplexity(text), 2), (_error, 5)):
             cells.append(f"{mean(rows, read):.{digits}f}")
             values = [] if name == RANDOM else against_random(outcome, case, name, read)
             cells.append(_in_words(values, digits))
