@@ -104,7 +104,8 @@ def _parser(command: str, study: Study) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help=f"smaller, minutes: {_in_words(study.quick)}")
     if command == "compare":
-        about = "compare groups of channels instead, by mutual information and otherwise; what a group shares"
+        about = "compare groups of channels instead, by mutual information and otherwise: what a group shares"
+        about += f" ({_in_words(GROUPINGS['grid'].full)})"
         parser.add_argument("--grouping", choices=tuple(GROUPINGS), help=about)
     return parser
 
