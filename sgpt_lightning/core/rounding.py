@@ -32,7 +32,7 @@ def round_survivors(problems: Sequence[LinearProblem], starts: Sequence[Start]) 
         assert uniform is not None
         return descend_together(problems, uniform)
     widths = [
-        _deal_widths(problem, start, uniform[index] if uniform is not None else None)
+        deal_widths(problem, start, uniform[index] if uniform is not None else None)
         for index, (problem, start) in enumerate(zip(problems, starts, strict=True))
     ]
     rounded = round_to(problems, starts, widths, width_axis(recipe))
@@ -51,7 +51,7 @@ def same_width(start: Start, bits: int) -> Tensor:
     return torch.full((start.weight.shape[1],), bits, dtype=torch.uint8, device=start.weight.device)
 
 
-def _deal_widths(problem: LinearProblem, start: Start, uniform: Rounded | None) -> Tensor:
+def deal_widths(problem: LinearProblem, start: Start, uniform: Rounded | None) -> Tensor:
     """Return the bits of each input channel, or of each output channel where rows have widths, uint8."""
     if problem.widths is not None:
         return problem.widths
@@ -92,7 +92,7 @@ def round_to(
     refit_groups = grid_kind(recipe) == "zero-point" and recipe.group_size is not None
     refit_groups = refit_groups and not recipe.solve_parts.act_order
     scales = [
-        ColumnScales(_fit_grid(*linear, axis), linear[2], linear[0].shape[1], columns.order, refit_groups)
+        ColumnScales(fit_grid(*linear, axis), linear[2], linear[0].shape[1], columns.order, refit_groups)
         for linear in zip(problems, starts, widths, strict=True)
     ]
     swept = sweep_columns(columns, starts, scales, recipe.block_size)
@@ -107,7 +107,7 @@ def round_to(
     ]
 
 
-def _fit_grid(problem: LinearProblem, start: Start, widths: Tensor, axis: WidthAxis) -> Grid:
+def fit_grid(problem: LinearProblem, start: Start, widths: Tensor, axis: WidthAxis) -> Grid:
     """Fit the grid that the sweep begins with."""
     recipe, kind = problem.recipe, grid_kind(problem.recipe)
     if kind == "zero-point":

@@ -66,6 +66,8 @@ class Arm:
         if self.recipe is None:
             linears = {name: part for name, part in decoder.linears().items() if decoder.place(name)[0] not in left}
             return round_to_nearest(linears, self.round_bits)
+        if self.rule is not None and self.rule.show is not None:
+            self.rule.show(model, batches)
         ignore = (*self.recipe.ignore, *(f"{decoder.name(index)}.*" for index in left))
         with self._rule(seed):
             return compress(model, batches, replace(self.recipe, ignore=ignore), storage_dtype=torch.float16)

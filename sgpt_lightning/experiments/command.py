@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 
 from sgpt_lightning.experiments.ablate import ablate
 from sgpt_lightning.experiments.compare import compare
+from sgpt_lightning.experiments.compare_groups import compare_groups
 from sgpt_lightning.experiments.figures import NO_PICTURE
 from sgpt_lightning.experiments.report import StudyReport
 from sgpt_lightning.experiments.rows import Journal
@@ -35,6 +37,8 @@ class Study(NamedTuple):
     run: Callable[[Setting, Journal, bool], StudyReport]
     quick: Mapping[str, Any]
     """Fields of `Setting` that `--quick` sets where no option says otherwise."""
+    full: Mapping[str, Any] = {}
+    """The same without `--quick`."""
 
 
 _SMALL = {"seq_len": 128, "windows": 16, "eval_windows": 16}
@@ -53,6 +57,16 @@ STUDIES: Mapping[str, Study] = {
         {**_SMALL, "eval_windows": 32, "seeds": (0,), "blocks": 4},
     ),
 }
+GROUPINGS: Mapping[str, Study] = {
+    share: Study(
+        "Compare ways to group input channels.",
+        partial(compare_groups, share=share),
+        {**_SMALL, "seeds": (0, 1), "blocks": 4},
+        {**_SMALL, "eval_windows": 32, "seeds": (0, 1, 2, 3, 4)},
+    )
+    for share in ("grid", "width")
+}
+"""What `compare --grouping` does instead, by what a group shares."""
 
 
 def main(command: str, arguments: Sequence[str]) -> None:
@@ -67,8 +81,10 @@ def main(command: str, arguments: Sequence[str]) -> None:
     silence_transformers()
     study = STUDIES[command]
     options = _parser(command, study).parse_args(list(arguments))
+    share: str | None = getattr(options, "grouping", None)
+    study = study if share is None else GROUPINGS[share]
     setting = _setting(options, study)
-    output = options.output or Path("runs") / command
+    output = options.output or Path("runs") / (command if share is None else f"{command}-groups-{share}")
     started = time.perf_counter()
     report = study.run(setting, Journal(output / JOURNAL), options.quick)
     _write(report, output, options.quick, time.perf_counter() - started)
@@ -87,6 +103,10 @@ def _parser(command: str, study: Study) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIRECTORY", help=f"for tables, rows and picture (default runs/{command})"
     )
     parser.add_argument("--quick", action="store_true", help=f"smaller, minutes: {_in_words(study.quick)}")
+    if command == "compare":
+        about = "compare groups of channels instead, by mutual information and otherwise: what a group shares"
+        about += f" ({_in_words(GROUPINGS['grid'].full)})"
+        parser.add_argument("--grouping", choices=tuple(GROUPINGS), help=about)
     return parser
 
 
@@ -114,7 +134,7 @@ def _setting(options: argparse.Namespace, study: Study) -> Setting:
             raise ValueError(f"--{name} must name each once, got {', '.join(map(str, given[name]))}")
     if given.get("windows", 1) < 1:
         raise ValueError(f"--windows must be at least 1, got {given['windows']}")
-    return replace(Setting(), **({**study.quick, **given} if options.quick else given))
+    return replace(Setting(), **{**(study.quick if options.quick else study.full), **given})
 
 
 def _write(report: StudyReport, output: Path, quick: bool, seconds: float) -> None:

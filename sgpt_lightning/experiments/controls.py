@@ -38,10 +38,13 @@ class Rule:
     """Its name and numbers, plain JSON values."""
     followed: Callable[[int], AbstractContextManager[None]]
     """Called with a seed, a context in which every solve follows it."""
+    show: Callable[[nn.Module, Sequence[Mapping[str, Tensor]]], None] | None = None
+    """Called with the dense model and the calibration batches before that, if the rule wants to know them."""
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Put something in the place of what a module calls by a name, and give that back."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -67,7 +70,7 @@ def threshold_widths(scores: Tensor, widths: Sequence[int], target: float, count
 def thresholds() -> Rule:
     """Return the rule of three widths; for recipes with `allocation="quantile"`."""
     identity = {"rule": "thresholds", "cuts": list(THRESHOLDS), "widths": [2, 4, 8]}
-    return Rule(identity, lambda seed: _replaced(rounding, "allocate_quantile", threshold_widths))
+    return Rule(identity, lambda seed: replaced(rounding, "allocate_quantile", threshold_widths))
 
 
 def shuffled_scores() -> Rule:
@@ -80,7 +83,7 @@ def shuffled_scores() -> Rule:
             scores = channel_importance(*arguments)
             return scores[torch.randperm(len(scores), generator=generator).to(scores.device)]
 
-        return _replaced(solver, "channel_importance", shuffled)
+        return replaced(solver, "channel_importance", shuffled)
 
     return Rule({"rule": "shuffled scores"}, followed)
 
