@@ -1,0 +1,164 @@
+"""A scale for each input channel: W x = (W D)(D^-1 x), and V = W D is what is rounded.
+
+A row of a grid has one step for all its columns, so columns that matter more than their weights are large get a finer
+step where they are made larger first. As in SmoothQuant (arXiv 2211.10438, section 4), d_j = (a_j / w_j)^alpha; a_j is
+the channel's mean absolute input E|x_j| and w_j its largest weight max_i |W_ij|; alpha = 0 changes nothing. As in AWQ
+(arXiv 2306.00978, section 3.2), alpha is searched for; here by whole solves, and by the error that they end with.
+
+The Hessian is damped first and scaled then: V is solved against D^-1 (H + lambda I) D^-1, whose factor is U D where U
+is that of H + lambda I, so nothing is factored again. The problem stays the same, only its units change; what pruning
+costs does not, and neither do masks that were chosen before. What rounding costs does.
+
+Scales are rounded to the dtype of the file before anything is solved with them. The file holds 1 / d, by which columns
+of V are multiplied in the end. Columns are solved in the order of diag H, as without scales.
+
+Left out: entropy-coded matrices. Their steps are one to a column already, so a scale of columns is what they have.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgpt_lightning.core.hessian import InverseFactor
+from sgpt_lightning.core.importance import channel_importance
+from sgpt_lightning.core.linear import LinearProblem, Start
+from sgpt_lightning.core.problem import InputProblem
+from sgpt_lightning.core.solution import Quantized
+from sgpt_lightning.presets import Scaling
+
+ALPHAS = tuple(step / 10 for step in range(1, 11))
+"""What a search tries beside 0, ascending."""
+LARGEST = 16.0
+"""No scale is larger than this, or smaller than its reciprocal."""
+
+Rounding = Callable[[Sequence[LinearProblem], Sequence[Start]], Sequence[Quantized]]
+
+
+class ScaledSolution(NamedTuple):
+    """Codes, and the alpha of the scales that they were solved with."""
+
+    solution: Quantized
+    alpha: float
+
+
+def channel_scale(weight: Tensor, mean_abs: Tensor, alpha: float) -> Tensor:
+    """Return 1 / d, what the columns of V are multiplied by, float16 `[in_features]`.
+
+    Args:
+        weight: `[out_features, in_features]`.
+        mean_abs: E|x_j|, `[in_features]`; channels of no input or no weight get 1.
+        alpha: from 0 (all 1) to 1.
+    """
+    activation, largest = mean_abs.double(), weight.abs().amax(0).double()
+    live = (activation > 0) & (largest > 0)
+    ratio = torch.where(live, activation, 1).log() - torch.where(live, largest, 1).log()
+    centred = torch.where(live, ratio - ratio.sum() / live.sum().clamp_min(1), 0)  # the geometric mean of d is 1
+    return (-alpha * centred).exp().clamp(1 / LARGEST, LARGEST).to(torch.float16)
+
+
+class ScaledInput(InputProblem):
+    """The input D^-1 x, of a problem that has been posed for x.
+
+    Args:
+        original: the problem for x; it stays as it is.
+        d: the diagonal of D, float32 `[in_features]`.
+    """
+
+    def __init__(self, original: InputProblem, d: Tensor) -> None:
+        self.__dict__ |= {name: getattr(original, name) for name in ("statistics", "damp_percent", "name")}
+        self._original, self._d = original, d
+        self.mean, self.dense_mean = (None if m is None else m / d for m in (original.mean, original.dense_mean))
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """D^-1 H D^-1, float32 `[in_features, in_features]`."""
+        return self._original.hessian / self._d / self._d[:, None]
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """D^-1 (H + lambda I) D^-1, float32 `[in_features, in_features]`."""
+        return self._original.damped / self._d / self._d[:, None]
+
+    @cached_property
+    def factor(self) -> InverseFactor:
+        """Of `damped`, in the matrix's own order."""
+        return scaled_factor(self._original.factor, self._d)
+
+
+def scaled_factor(factor: InverseFactor, d: Tensor) -> InverseFactor:
+    """Return the factor U D of (D^-1 (H + lambda I) D^-1)^-1; `d` in the order of the factor's columns."""
+    return factor._replace(hinv_chol=factor.hinv_chol * d)
+
+
+class _ScaledChannels(NamedTuple):
+    """What the scores of channels ask of D^-1 x."""
+
+    mean_abs: Tensor
+    variance: Tensor
+
+
+def scaled_problem(problem: LinearProblem, scale: Tensor) -> LinearProblem:
+    """Pose a problem in the units of V = W D, D^-1 being what `channel_scale` returned."""
+    d, objective, columns = scale.float().reciprocal(), problem.objective, problem.columns
+    inputs, statistics = ScaledInput(objective.input, d), objective.input.statistics
+    target = objective.target * d
+    channels = _ScaledChannels(statistics.mean_abs / d, statistics.variance / d.square())
+    return problem._replace(
+        objective=replace(objective, input=inputs, weight=objective.weight * d, target=target),
+        columns=columns._replace(
+            factor=scaled_factor(columns.factor, d if columns.order is None else d[columns.order])
+        ),
+        importance=channel_importance(target, channels, inputs.factor.inverse_diagonal, problem.recipe.importance),
+    )
+
+
+def round_scaled(
+    problems: Sequence[LinearProblem], starts: Sequence[Start], rounding: Rounding
+) -> list[ScaledSolution]:
+    """Round matrices with scales as the recipe says; where it searches, with the alpha of least error.
+
+    The error is that of the outputs from the target, weighted by rows where these have weights: what the solve
+    minimises, without damping. Without either it is the relative error that is reported.
+
+    Args:
+        problems: linears that share an input and a recipe.
+        starts: where each of them starts from, in the units of its own weights.
+        rounding: solves problems for codes, in the units that they are posed in.
+    """
+    scaling = problems[0].recipe.scaling
+    plain = [problem._replace(recipe=replace(problem.recipe, scaling=Scaling())) for problem in problems]
+    if scaling.mode == "fixed" and scaling.alpha:
+        return [_solved(*linear, scaling.alpha, rounding) for linear in zip(problems, starts, strict=True)]
+    unscaled = [ScaledSolution(solution, 0.0) for solution in rounding(plain, starts)]
+    if scaling.mode == "fixed":
+        return unscaled
+    return [_searched(*linear, rounding) for linear in zip(problems, starts, unscaled, strict=True)]
+
+
+def _searched(problem: LinearProblem, start: Start, best: ScaledSolution, rounding: Rounding) -> ScaledSolution:
+    """Try all alphas, beginning with the solution for 0; ties go to the smaller one."""
+    least = _error(problem, best.solution)
+    for alpha in ALPHAS:
+        tried = _solved(problem, start, alpha, rounding)
+        error = _error(problem, tried.solution)
+        if error < least:
+            best, least = tried, error
+    return best
+
+
+def _solved(problem: LinearProblem, start: Start, alpha: float, rounding: Rounding) -> ScaledSolution:
+    """Solve one problem with the scales of one alpha."""
+    objective = problem.objective
+    scale = channel_scale(objective.weight, objective.input.statistics.mean_abs, alpha)
+    start = start._replace(weight=start.weight * scale.float().reciprocal())
+    (rounded,) = rounding([scaled_problem(problem, scale)], [start])
+    return ScaledSolution(replace(rounded, channel_scale=scale), alpha)
+
+
+def _error(problem: LinearProblem, solution: Quantized) -> float:
+    around_target = replace(problem.objective, weight=problem.objective.target)
+    return float((around_target.row_errors(solution.weight()) * problem.row_weights).sum())
