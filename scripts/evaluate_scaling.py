@@ -83,7 +83,8 @@ def arm_of(budget: str, scaling: str, preset: str, *, unpaid: bool) -> NotingArm
 def make_outliers(model: nn.Module, seed: int = 0) -> None:
     """Make some channels of each norm before linears 30 to 100 times as large, and what receives them smaller."""
     generator = torch.Generator().manual_seed(seed)
-    for block in find_decoder_blocks(model).blocks:
+    blocks: Any = find_decoder_blocks(model).blocks
+    for block in blocks:
         attention = block.self_attn
         receivers = [
             (block.self_attn_layer_norm, [attention.q_proj, attention.k_proj, attention.v_proj]),
