@@ -115,11 +115,16 @@ class Scaling:
     eleven solves. No scales are stored where it is 0."""
     alpha: float | None = None
     """The exponent of the mode `fixed`, from 0 to 1."""
+    fold: bool = False
+    """Round scales to powers of two, and let linears that receive one input share them, so that `fold_scales` can give
+    them to what makes the input, exactly and free of bytes."""
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError naming the setting and the value."""
         check_choice("scaling.mode", self.mode, ScalingMode)
         check_type("scaling.alpha", self.alpha, (int, float))
+        if type(self.fold) is not bool:
+            raise TypeError(f"scaling.fold must be true or false, got {self.fold!r}")
         if (self.alpha is None) == (self.mode == "fixed"):
             raise ValueError(f"scaling.alpha goes with mode fixed and with no other, got {self.alpha} and {self.mode}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:

@@ -45,19 +45,21 @@ class ScaledSolution(NamedTuple):
     alpha: float
 
 
-def channel_scale(weight: Tensor, mean_abs: Tensor, alpha: float) -> Tensor:
+def channel_scale(weights: Sequence[Tensor], mean_abs: Tensor, alpha: float, *, whole: bool = False) -> Tensor:
     """Return 1 / d, what the columns of V are multiplied by, float16 `[in_features]`.
 
     Args:
-        weight: `[out_features, in_features]`.
+        weights: of the linears that are to have these scales, `[out_features, in_features]` each.
         mean_abs: E|x_j|, `[in_features]`; channels of no input or no weight get 1.
         alpha: from 0 (all 1) to 1.
+        whole: round to powers of two.
     """
-    activation, largest = mean_abs.double(), weight.abs().amax(0).double()
+    activation, largest = mean_abs.double(), torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).double()
     live = (activation > 0) & (largest > 0)
-    ratio = torch.where(live, activation, 1).log() - torch.where(live, largest, 1).log()
+    ratio = torch.where(live, activation, 1).log2() - torch.where(live, largest, 1).log2()
     centred = torch.where(live, ratio - ratio.sum() / live.sum().clamp_min(1), 0)  # the geometric mean of d is 1
-    return (-alpha * centred).exp().clamp(1 / LARGEST, LARGEST).to(torch.float16)
+    exponent = -alpha * centred
+    return (exponent.round() if whole else exponent).exp2().clamp(1 / LARGEST, LARGEST).to(torch.float16)
 
 
 class ScaledInput(InputProblem):
@@ -122,7 +124,8 @@ def round_scaled(
     """Round matrices with scales as the recipe says; where it searches, with the alpha of least error.
 
     The error is that of the outputs from the target, weighted by rows where these have weights: what the solve
-    minimises, without damping. Without either it is the relative error that is reported.
+    minimises, without damping. Without either it is the relative error that is reported. Linears that are to share
+    their scales, so that these can be folded, share alpha: that of the least sum of their relative errors.
 
     Args:
         problems: linears that share an input and a recipe.
@@ -130,35 +133,51 @@ def round_scaled(
         rounding: solves problems for codes, in the units that they are posed in.
     """
     scaling = problems[0].recipe.scaling
-    plain = [problem._replace(recipe=replace(problem.recipe, scaling=Scaling())) for problem in problems]
+    linears = list(zip(problems, starts, strict=True))
+    groups = [linears] if scaling.fold else [[linear] for linear in linears]
     if scaling.mode == "fixed" and scaling.alpha:
-        return [_solved(*linear, scaling.alpha, rounding) for linear in zip(problems, starts, strict=True)]
-    unscaled = [ScaledSolution(solution, 0.0) for solution in rounding(plain, starts)]
+        return [solved for group in groups for solved in _solved(group, scaling.alpha, rounding)]
+    plain = [problem._replace(recipe=replace(problem.recipe, scaling=Scaling())) for problem in problems]
+    unscaled = iter([ScaledSolution(solution, 0.0) for solution in rounding(plain, starts)])
     if scaling.mode == "fixed":
-        return unscaled
-    return [_searched(*linear, rounding) for linear in zip(problems, starts, unscaled, strict=True)]
+        return list(unscaled)
+    return [solved for group in groups for solved in _searched(group, [next(unscaled) for _ in group], rounding)]
 
 
-def _searched(problem: LinearProblem, start: Start, best: ScaledSolution, rounding: Rounding) -> ScaledSolution:
-    """Try all alphas, beginning with the solution for 0; ties go to the smaller one."""
-    least = _error(problem, best.solution)
+_Group = Sequence[tuple[LinearProblem, Start]]
+"""Linears that have the same scales."""
+
+
+def _searched(group: _Group, best: list[ScaledSolution], rounding: Rounding) -> list[ScaledSolution]:
+    """Try all alphas, beginning with the solutions for 0; ties go to the smaller one."""
+    least = _error(group, best)
     for alpha in ALPHAS:
-        tried = _solved(problem, start, alpha, rounding)
-        error = _error(problem, tried.solution)
+        tried = _solved(group, alpha, rounding)
+        error = _error(group, tried)
         if error < least:
             best, least = tried, error
     return best
 
 
-def _solved(problem: LinearProblem, start: Start, alpha: float, rounding: Rounding) -> ScaledSolution:
-    """Solve one problem with the scales of one alpha."""
-    objective = problem.objective
-    scale = channel_scale(objective.weight, objective.input.statistics.mean_abs, alpha)
-    start = start._replace(weight=start.weight * scale.float().reciprocal())
-    (rounded,) = rounding([scaled_problem(problem, scale)], [start])
-    return ScaledSolution(replace(rounded, channel_scale=scale), alpha)
+def _solved(group: _Group, alpha: float, rounding: Rounding) -> list[ScaledSolution]:
+    """Solve problems with the scales of one alpha."""
+    problem, _ = group[0]
+    weights = [problem.objective.weight for problem, _ in group]
+    mean_abs = problem.objective.input.statistics.mean_abs
+    scale = channel_scale(weights, mean_abs, alpha, whole=problem.recipe.scaling.fold)
+    d = scale.float().reciprocal()
+    starts = [start._replace(weight=start.weight * d) for _, start in group]
+    rounded = rounding([scaled_problem(problem, scale) for problem, _ in group], starts)
+    # Copies: a file does not hold one tensor under two names.
+    return [ScaledSolution(replace(solution, channel_scale=scale.clone()), alpha) for solution in rounded]
 
 
-def _error(problem: LinearProblem, solution: Quantized) -> float:
-    around_target = replace(problem.objective, weight=problem.objective.target)
-    return float((around_target.row_errors(solution.weight()) * problem.row_weights).sum())
+def _error(group: _Group, solved: Sequence[ScaledSolution]) -> float:
+    return sum(_relative_error(problem, one.solution) for (problem, _), one in zip(group, solved, strict=True))
+
+
+def _relative_error(problem: LinearProblem, solution: Quantized) -> float:
+    around = replace(problem.objective, weight=problem.objective.target)
+    error = float((around.row_errors(solution.weight()) * problem.row_weights).sum())
+    whole = float((around.row_errors(torch.zeros_like(around.weight)) * problem.row_weights).sum())
+    return error / whole if whole > 0 else error

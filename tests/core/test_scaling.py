@@ -102,13 +102,13 @@ def test_scales_have_geometric_mean_1_stay_within_16_and_leave_dead_channels_alo
     weight, size = random_weight(16, 40), torch.logspace(-1, 1, 40, dtype=torch.float64)
     size[3], weight[:, 5] = 0, 0
     for alpha in (0.1, 0.5, 1.0):
-        d = 1 / channel_scale(weight, size, alpha).double()
+        d = 1 / channel_scale([weight], size, alpha).double()
         assert d[3] == d[5] == 1
         assert d.log().mean() == pytest.approx(0, abs=1e-3)  # float16 rounds by 5e-4 at most
-    steep = 1 / channel_scale(weight, size**4, 1.0).double()
+    steep = 1 / channel_scale([weight], size**4, 1.0).double()
     assert (steep.min(), steep.max()) == (1 / 16, 16)
-    assert torch.equal(channel_scale(weight, size, 0.0), torch.ones(40, dtype=torch.float16))
-    assert torch.equal(channel_scale(weight * 0, size, 1.0), torch.ones(40, dtype=torch.float16))
+    assert torch.equal(channel_scale([weight], size, 0.0), torch.ones(40, dtype=torch.float16))
+    assert torch.equal(channel_scale([weight * 0], size, 1.0), torch.ones(40, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("settings", [{}, {"sparsity": 0.5}, {"allocation": "loss"}], ids=str)
