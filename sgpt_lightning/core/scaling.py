@@ -106,15 +106,14 @@ class _ScaledChannels(NamedTuple):
 def scaled_problem(problem: LinearProblem, scale: Tensor) -> LinearProblem:
     """Pose a problem in the units of V = W D, D^-1 being what `channel_scale` returned."""
     d, objective, columns = scale.float().reciprocal(), problem.objective, problem.columns
-    inputs, statistics = ScaledInput(objective.input, d), objective.input.statistics
-    target = objective.target * d
-    channels = _ScaledChannels(statistics.mean_abs / d, statistics.variance / d.square())
+    original, target = objective.input, objective.target * d
+    channels = _ScaledChannels(original.statistics.mean_abs / d, original.statistics.variance / d.square())
+    inverse_diagonal = original.factor.inverse_diagonal * d.square()
+    factor = scaled_factor(columns.factor, d if columns.order is None else d[columns.order])
     return problem._replace(
-        objective=replace(objective, input=inputs, weight=objective.weight * d, target=target),
-        columns=columns._replace(
-            factor=scaled_factor(columns.factor, d if columns.order is None else d[columns.order])
-        ),
-        importance=channel_importance(target, channels, inputs.factor.inverse_diagonal, problem.recipe.importance),
+        objective=replace(objective, input=ScaledInput(original, d), weight=objective.weight * d, target=target),
+        columns=columns._replace(factor=factor),
+        importance=channel_importance(target, channels, inverse_diagonal, problem.recipe.importance),
     )
 
 
