@@ -7,6 +7,7 @@ import torch
 from oracles import correlated_inputs, damped, generator, output_error, random_weight, second_moment, sparsegpt
 
 from sgpt_lightning.core.budget import mean_code_bits
+from sgpt_lightning.core.importance import channel_importance
 from sgpt_lightning.core.linear import LinearProblem
 from sgpt_lightning.core.masks import MaskRule
 from sgpt_lightning.core.objective import make_objective
@@ -78,6 +79,15 @@ def test_the_factor_and_the_hessian_are_those_of_the_damped_matrix_in_other_unit
     assert torch.allclose(found, torch.eye(48, dtype=torch.float64), atol=1e-2)  # 1e-4 of a condition number of 1e5
     stored = random_weight(20, 48, seed=1)
     assert torch.allclose(scaled.row_costs(stored * d.float()), problem.row_costs(stored), rtol=1e-4)
+
+
+def test_widths_are_dealt_by_the_scores_of_the_scaled_weight_and_the_scaled_input(collect):
+    weight, inputs, d = random_weight(16, 32), correlated_inputs(300, 32), powers_of_two(32)
+    problem = pose(weight, collect(inputs), Recipe())
+    scaled = scaled_problem(problem, (1 / d).half())
+    inverse = torch.linalg.inv(damped(second_moment(inputs - inputs.mean(0))) / torch.outer(d, d).double())
+    expected = channel_importance(weight * d, collect(inputs / d), inverse.diagonal(), Recipe().importance)
+    assert torch.allclose(scaled.importance, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sparsity": 0.5}], ids=str)
