@@ -116,8 +116,9 @@ class Scaling:
     alpha: float | None = None
     """The exponent of the mode `fixed`, from 0 to 1."""
     fold: bool = False
-    """Round scales to powers of two, and let linears that receive one input share them, so that `fold_scales` can give
-    them to what makes the input, exactly and free of bytes."""
+    """Round scales to powers of two, and let linears that receive one input share them, so that `compress` can give
+    them to what makes the input, exactly and free of bytes, where that is found to work (`calibration/folding.py`). A
+    budget counts them all the same."""
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError naming the setting and the value."""
