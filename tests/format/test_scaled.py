@@ -18,11 +18,13 @@ from sgpt_lightning.checkpoint.save import save_compressed
 from sgpt_lightning.core.solution import Quantized
 from sgpt_lightning.export.affine import NotAffineError, affine_form
 from sgpt_lightning.format.layout import WeightSpec, check_sizes
+from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.packing import pack_weight, unpack_solution, unpack_weight
 from sgpt_lightning.format.resident import reside
 from sgpt_lightning.models.linears import weight_matrix
 from sgpt_lightning.presets import Scaling
 from sgpt_lightning.recipe import Recipe
+from sgpt_lightning.report.run import ledger_table
 from sgpt_lightning.rules import LayerRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +132,8 @@ def test_another_reader_finds_the_same_weights_and_the_ledger_counts_the_scales(
     alphas = {name: report.get("scaling_alpha") for name, report in manifest["linears"].items()}
     assert {name for name, alpha in alphas.items() if alpha} == set(with_scales)
     assert all(alpha == solved[name].report.scaling_alpha for name, alpha in alphas.items())
+    shown = [line for line in ledger_table(Manifest.read(directory)).splitlines() if "packed weights:" in line]
+    assert sum(int(line.split("|")[2].replace(",", "")) for line in shown) == manifest["ledger"]["linears"]
 
 
 def test_version_6_which_knows_no_scales_is_read_as_it_was(tmp_path):
