@@ -171,8 +171,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _tables(lines: list[dict[str, Any]]) -> list[str]:
     """Return the table of results and that of the alphas, in Markdown."""
     rows = [
-        "| model | budget | scaling | bits/weight | perplexity | to none | output error | to none | seconds |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| model | budget | scaling | seeds | bits/weight | perplexity | to none | output error | to none | seconds |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     alphas = ["| model | budget | " + " | ".join(_TYPES) + " |", "|---|---|" + "--:|" * len(_TYPES)]
     for variant in dict.fromkeys(line["variant"] for line in lines):
