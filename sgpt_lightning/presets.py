@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from sgpt_lightning.arguments import check_choice, check_type
+
 Allocation = Literal["uniform", "quantile", "budget", "loss", "rows"]
 
 Preset = Literal["best", "sparsegpt", "gptq"]
@@ -96,3 +98,43 @@ class ImportanceWeights:
             raise ValueError(f"importance weights must not be negative, got {negative}")
         if not math.isclose(sum(values.values()), 1.0, abs_tol=1e-6):
             raise ValueError(f"importance weights must sum to 1, got {sum(values.values()):g} from {values}")
+
+
+ScalingMode = Literal["none", "search", "fixed"]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Scales of input channels, d_j = (E|x_j| / max_i |W_ij|)^alpha, before weights are rounded; 16 bits each.
+
+    Only what is quantized to fixed widths has them: they change nothing about pruning.
+    """
+
+    mode: ScalingMode = "none"
+    """`none`; `fixed`: one alpha; `search`: for each linear the alpha of 0, 0.1 ... 1 that leaves the least error, by
+    eleven solves. No scales are stored where it is 0."""
+    alpha: float | None = None
+    """The exponent of the mode `fixed`, from 0 to 1."""
+    fold: bool = False
+    """Round scales to powers of two, and let linears that receive one input share them, so that `compress` can give
+    them to what makes the input, exactly and free of bytes, where that is found to work (`calibration/folding.py`). A
+    budget counts them all the same."""
+
+    def __post_init__(self) -> None:
+        """Raise TypeError or ValueError naming the setting and the value."""
+        check_choice("scaling.mode", self.mode, ScalingMode)
+        check_type("scaling.alpha", self.alpha, (int, float))
+        if type(self.fold) is not bool:
+            raise TypeError(f"scaling.fold must be true or false, got {self.fold!r}")
+        if (self.alpha is None) == (self.mode == "fixed"):
+            raise ValueError(f"scaling.alpha goes with mode fixed and with no other, got {self.alpha} and {self.mode}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"scaling.alpha must be in [0, 1], got {self.alpha}")
+
+    def refuse_with_steps(self) -> None:
+        """Raise ValueError if scales are asked for where each channel has a step of its own."""
+        if self.mode != "none":
+            raise ValueError(
+                "scaling belongs to coding fixed: with coding entropy every input channel has a step of its own, "
+                f"which is a scale already, got scaling.mode={self.mode}"
+            )

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from sgpt_lightning.arguments import check_choice, check_type, parse_pattern, parse_size
-from sgpt_lightning.presets import PRESETS, Allocation, ImportanceWeights, Parts, Preset
+from sgpt_lightning.presets import PRESETS, Allocation, ImportanceWeights, Parts, Preset, Scaling
 from sgpt_lightning.rules import LayerRule
 
 Scope = Literal["layer", "model"]
@@ -68,6 +68,8 @@ class Recipe:
     """Input channels that share a range; None gives a row one range per width."""
     importance: ImportanceWeights = field(default_factory=ImportanceWeights)
     """Weights of the five channel scores."""
+    scaling: Scaling = field(default_factory=Scaling)
+    """Scales of input channels, where codes have fixed widths; off unless asked for."""
     damp_percent: float | None = None
     """Damping as a fraction of the mean Hessian diagonal (0.01 = 1 %); None takes 0.01, for entropy coding 0.03."""
     block_size: int = 128
@@ -121,6 +123,7 @@ class Recipe:
             **dict.fromkeys(("widths", "ignore", "rules"), listed),
             "pattern": (str,),
             "importance": (ImportanceWeights,),
+            "scaling": (Scaling,),
             "parts": (Mapping,),
         }
         for name, kind in kinds.items():
@@ -148,6 +151,7 @@ class Recipe:
         """Refuse what belongs to the other coding, and take what is not given from this one."""
         entropy = self.coding == "entropy"
         if entropy:
+            self.scaling.refuse_with_steps()
             fixed_only = {
                 "sparsity": self.sparsity not in (None, 0),
                 "pattern": self.pattern is not None,

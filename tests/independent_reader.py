@@ -1,4 +1,4 @@
-"""A second reader of the file format, version 6, in numpy: written from the description in `format/packing.py`.
+"""A second reader of the file format, version 7, in numpy: written from the description in `format/packing.py`.
 
 Files and checksums are those of the descriptions in `checkpoint/save.py`, `format/description.py` and
 `format/manifest.py`, bits within bytes
@@ -24,9 +24,9 @@ Array = NDArray[Any]
 def read_dense(directory: Path) -> tuple[dict[str, Array], set[str]]:
     """Return the tensors by name, linears as float32 `[out_features, in_features]`, and the linears' names."""
     manifest = json.loads((directory / "sgpt_manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 6)
+    assert (manifest["format"], manifest["format_version"]) == ("sgpt", 7)
     described = json.loads((directory / "config.json").read_text())["quantization_config"]
-    assert (described["quant_method"], described["format_version"]) == ("sgpt", 6)
+    assert (described["quant_method"], described["format_version"]) == ("sgpt", 7)
     assert manifest.pop("sha256") == _checksum(manifest)
     tensors: dict[str, Array] = {}
     for file, entry in manifest["files"].items():
@@ -77,7 +77,8 @@ def _weight(spec: dict[str, Any], parts: dict[str, Array]) -> Array:
         at = row, segment_of[column]
         weight[chosen] = _values(spec, bits, codes, span[at], origin[at])
     assert math.ceil(bits_read / 8) == parts["weight_codes"].size
-    return weight
+    assert spec.get("scaled", False) == ("weight_channel_scale" in parts)
+    return weight * parts["weight_channel_scale"].astype(np.float32) if spec.get("scaled") else weight
 
 
 def _coded(spec: dict[str, Any], parts: dict[str, Array]) -> Array:

@@ -18,6 +18,7 @@ from sgpt_lightning.core.checks import check_pattern
 from sgpt_lightning.models.blocks import find_decoder_blocks, is_marked_compressed
 from sgpt_lightning.models.embeddings import find_embeddings
 from sgpt_lightning.models.linears import weight_matrix
+from sgpt_lightning.models.placement import BlocksElsewhere, placement_of
 from sgpt_lightning.recipe import Recipe
 
 
@@ -67,6 +68,8 @@ def plan_linears(model: nn.Module, recipe: Recipe, storage_dtype: torch.dtype) -
     linears = decoder.linears()
     if is_marked_compressed(model):
         raise ValueError("the model was compressed before, or begun to be; start from a dense one")
+    if recipe.scaling.fold and isinstance(placement_of(model), BlocksElsewhere):
+        raise ValueError("scaling.fold needs all of the model in memory, its blocks are kept elsewhere: do not offload")
     quantized = getattr(getattr(model, "config", None), "quantization_config", None)
     odd = [name for name, linear in linears.items() if not weight_matrix(linear).is_floating_point()]
     if quantized is not None or odd:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings, write_embeddings
+from sgpt_lightning.calibration.folding import fold_scales
 from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.schedules import Mode, calibration_for
 from sgpt_lightning.format.records import SolvedLinear
@@ -67,4 +68,6 @@ def compress(
                 raise ValueError("batches must hold at least one batch, got none")
             solved |= calibration.finish(epoch)
     write_embeddings(model, embeddings)
+    if recipe.scaling.fold:
+        solved = fold_scales(model, solved, next(iter(batches)))
     return embeddings | solved

@@ -18,7 +18,7 @@ from sgpt_lightning.format.layout import PackedWeight
 from sgpt_lightning.format.packing import some_at_once, unpack_weights
 from sgpt_lightning.format.records import SolvedLinear
 from sgpt_lightning.models.linears import set_weight_matrix, weight_matrix
-from sgpt_lightning.presets import ImportanceWeights
+from sgpt_lightning.presets import ImportanceWeights, Scaling
 from sgpt_lightning.recipe import Recipe
 
 
@@ -55,7 +55,8 @@ class PlanState:
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     """Read the settings of one linear; rules are resolved in them."""
     lists = {name: tuple(values[name]) for name in ("widths", "ignore", "rules")}
-    return Recipe(**{**values, **lists, "importance": ImportanceWeights(**values["importance"])})
+    parts = {"importance": ImportanceWeights(**values["importance"]), "scaling": Scaling(**values["scaling"])}
+    return Recipe(**{**values, **lists, **parts})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sgpt_lightning.core.grids import GridKind, WidthAxis
 from sgpt_lightning.core.masks import MaskRule
-from sgpt_lightning.core.sizes import grid_bits, mask_bits
+from sgpt_lightning.core.sizes import SCALE_BITS, grid_bits, mask_bits
 from sgpt_lightning.recipe import Recipe
 
 _ROUNDING = 1e-9
@@ -43,7 +43,8 @@ def fixed_bits(recipe: Recipe, shape: tuple[int, int], axis: WidthAxis, widths: 
         widths: those in use; the codes of each may end within a byte.
     """
     mask = min(mask_bits(shape, recipe.n_m).values()) if recipe.prunes else 0
-    return mask + grid_bits(grid_kind(recipe), axis, widths, shape, recipe.group_size) + 7 * len(widths)
+    scales = 0 if recipe.scaling.mode == "none" else SCALE_BITS * shape[1]
+    return mask + scales + grid_bits(grid_kind(recipe), axis, widths, shape, recipe.group_size) + 7 * len(widths)
 
 
 def mean_code_bits(

@@ -7,15 +7,27 @@ increase of the layer's squared error per squared unit of weight when channel j 
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sgpt_lightning.core.moments import InputStatistics
 from sgpt_lightning.presets import ImportanceWeights
 
 
-def channel_scores(weight: Tensor, statistics: InputStatistics, inverse_diagonal: Tensor) -> dict[str, Tensor]:
+class Channels(Protocol):
+    """What the scores ask of an input; `InputStatistics` has it."""
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """E|x|, `[in_features]`."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Var x, `[in_features]`."""
+
+
+def channel_scores(weight: Tensor, statistics: Channels, inverse_diagonal: Tensor) -> dict[str, Tensor]:
     """Compute the five scores, each divided by its mean over the channels.
 
     Args:
@@ -40,7 +52,7 @@ def channel_scores(weight: Tensor, statistics: InputStatistics, inverse_diagonal
 
 
 def channel_importance(
-    weight: Tensor, statistics: InputStatistics, inverse_diagonal: Tensor, weights: ImportanceWeights
+    weight: Tensor, statistics: Channels, inverse_diagonal: Tensor, weights: ImportanceWeights
 ) -> Tensor:
     """Return the weighted sum of the five scores, float64 `[in_features]`; arguments as for `channel_scores`."""
     return weighted_sum(channel_scores(weight, statistics, inverse_diagonal), weights)

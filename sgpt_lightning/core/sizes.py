@@ -14,6 +14,8 @@ from sgpt_lightning.core.grids import GridKind, WidthAxis, count_segments
 Layout = Literal["dense", "bitmap", "pattern", "coded"]
 MAX_GROUP = 16
 """Largest M of an N:M pattern that is stored by rank."""
+SCALE_BITS = 16
+"""Of the scale of an input channel, where channels have scales."""
 
 
 def index_bits(count: int) -> int:

@@ -54,6 +54,8 @@ class Quantized:
     """True where a weight survives, bool `[out_features, in_features]`. None if nothing was removed."""
     n_m: tuple[int, int] | None = None
     """(N, M) if every M consecutive inputs hold N zeros."""
+    channel_scale: Tensor | None = None
+    """What the columns are multiplied by in the end, float16 `[in_features]` (`scaling.py`); None leaves them."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,7 +65,9 @@ class Quantized:
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""
         weight = dequantize_matrix(self.codes, self.widths, self.grid)
-        return weight if self.keep is None else weight.masked_fill_(~self.keep, 0)
+        if self.keep is not None:
+            weight.masked_fill_(~self.keep, 0)
+        return weight if self.channel_scale is None else weight.mul_(self.channel_scale.float())
 
 
 ROW_OCTAVE, STEP_OCTAVE = 8, 16
@@ -145,6 +149,8 @@ class CompressedLinear:
     """What its error is predicted to add to the model's loss; None where no gradients were taken."""
     failure: str | None = None
     """Why it could not be solved, where it was rounded plainly instead."""
+    scaling_alpha: float | None = None
+    """The exponent of its channel scales, 0 where none are stored; None where none were asked for."""
 
     def weight(self) -> Tensor:
         """Return the matrix that the model computes with, float32 `[out_features, in_features]`."""

@@ -9,6 +9,8 @@ The order of things, where a part that the recipe switches off is left out (`Par
 5. the sweep that rounds, columns in act order (`sweep.py`);
 6. descent over the codes and ranges refitted, in turn.
 
+Where channels are scaled (`scaling.py`), 3 to 6 are done in the units of the scaled weights, once for each exponent.
+
 Where codes are entropy-coded, `rate.py` takes the place of 2 to 6: steps, row scales, and the level for a size.
 
 What cannot be solved is an error, or, where the recipe's `on_failure` says `round`, rounded plainly (`nearest.py`).
@@ -38,6 +40,7 @@ from sgpt_lightning.core.problem import SharedInput
 from sgpt_lightning.core.pruning import choose_masks
 from sgpt_lightning.core.rate import CodedSize, rate_problem, solve_rates
 from sgpt_lightning.core.rounding import allocation_used, round_survivors, round_to, same_width
+from sgpt_lightning.core.scaling import round_scaled
 from sgpt_lightning.core.solution import CompressedLinear, Pruned, Quantized, Solution, SolveError
 from sgpt_lightning.guards import exact_float32
 from sgpt_lightning.recipe import Recipe
@@ -156,6 +159,10 @@ def _solved(
             return list(map(_judged, linears, problems, _coded(linears, problems, coded_size)))
         shared, columns = problems[0].objective.input, problems[0].columns
         starts = choose_masks(problems, shared.natural if recipe.n_m else columns)
+        if recipe.quantizes and recipe.scaling.mode != "none":
+            scaled = round_scaled(problems, starts, _quantized)
+            judged = map(_judged, linears, problems, [chosen.solution for chosen in scaled])
+            return [replace(one, scaling_alpha=chosen.alpha) for one, chosen in zip(judged, scaled, strict=True)]
         solutions = _quantized(problems, starts) if recipe.quantizes else _pruned(problems, starts, storage_dtype)
         return list(map(_judged, linears, problems, solutions))
     except torch.linalg.LinAlgError as error:  # which says nothing of the linear
@@ -189,7 +196,7 @@ def _make_problem(
     return LinearProblem(objective, columns, recipe, importance, costs, name, linear.widths, linear.symmetric)
 
 
-def _quantized(problems: Sequence[LinearProblem], starts: Sequence[Start]) -> list[Solution]:
+def _quantized(problems: Sequence[LinearProblem], starts: Sequence[Start]) -> list[Quantized]:
     """Round what the masks leave, or choose the masks on the way."""
     n_m = problems[0].recipe.n_m
     return [

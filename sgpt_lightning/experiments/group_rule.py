@@ -42,7 +42,7 @@ from sgpt_lightning.experiments.grouping import (
 )
 from sgpt_lightning.format.bits import pack_bits, packed_bytes, unpack_bits
 from sgpt_lightning.format.layout import PackedWeight, origin_name
-from sgpt_lightning.format.packing import pack_weight, unpack_solution, unpack_weight
+from sgpt_lightning.format.packing import pack_weight, unpack_solutions, unpack_weight
 from sgpt_lightning.guards import evaluation_mode
 from sgpt_lightning.models.batches import model_inputs
 from sgpt_lightning.models.blocks import find_decoder_blocks
@@ -273,7 +273,7 @@ def _unpacked(packed: PackedWeight) -> Tensor:
     ranges = ("weight_range", origin_name(spec))
     plain = {name: tensors[name] for name in tensors if name != _GROUPS}
     # The product reads codes and mask behind one range for each row, and the ranges of the groups take its place.
-    solution = unpack_solution(PackedWeight(spec, plain | {name: tensors[name][:, :1] for name in ranges}))
+    (solution,) = unpack_solutions([PackedWeight(spec, plain | {name: tensors[name][:, :1] for name in ranges})])
     assert isinstance(solution, Quantized)
     span, origin = (tensors[name] for name in ranges)
     groups = unpack_bits(tensors[_GROUPS], index_bits(span.shape[1]), spec.shape[1]).long()

@@ -6,8 +6,8 @@ fl(step * d), and its own step is the scale, so more bits than it needs change n
 every value is multiplied out again and must be equal.
 
 Not of that form are `offset` and `zero-free` (a sum after the product), rate-coded weights (a step per input channel),
-and rows whose columns have several widths: their steps span / 3, span / 15 are rounded one by one and have no common
-divisor in float32.
+input channels with scales, and rows whose columns have several widths: their steps span / 3, span / 15 are rounded one
+by one and have no common divisor in float32.
 """
 
 from typing import NamedTuple
@@ -84,6 +84,8 @@ def _check_kind(packed: PackedWeight) -> None:
         raise NotAffineError("rate-coded: every input channel has a step of its own")
     if spec.widths is None:
         raise NotAffineError("pruned and not quantized")
+    if spec.scaled:
+        raise NotAffineError("its input channels have scales")
     if spec.grid != "zero-point":
         raise NotAffineError(f"its grid is `{spec.grid}`, which adds an offset after the product")
     if spec.group_size is not None and spec.shape[1] % spec.group_size:

@@ -2,7 +2,8 @@
 
 A model is built before its tensors are read, so all that building needs stands here: which weights are packed and how,
 which tensors are tied, how the model was evaluated, and where the tensors are. Everything else, reports and checksums
-(of `config.json` too), is the manifest's. Before version 6 the manifest said this as well, see `older.py`.
+(of `config.json` too), is the manifest's. Before version 6 the manifest said this as well, see `older.py`; version 6
+knows no scales of columns.
 """
 
 import re
@@ -13,7 +14,8 @@ from typing import Any, Literal
 from sgpt_lightning.format.directory import FORMAT
 from sgpt_lightning.format.layout import WeightSpec
 
-FORMAT_VERSION = 6
+FORMAT_VERSION, FIRST_DESCRIBED = 7, 6
+"""The version that is written, and the first in which `config.json` describes the weights."""
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 SHARD_INDEX = "sgpt.safetensors.index.json"
@@ -55,7 +57,7 @@ class Description:
             raise ValueError(
                 f"it is of format version {version!r}, this package reads 1 to {FORMAT_VERSION}: upgrade it"
             )
-        if version != FORMAT_VERSION:
+        if version < FIRST_DESCRIBED:
             raise ValueError(
                 f"it is of format version {version}, which transformers cannot build: read it with "
                 "sgpt_lightning.load_compressed, which makes it dense, or compress the model again"

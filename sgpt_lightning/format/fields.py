@@ -66,7 +66,8 @@ def grid_tensors(packed: PackedWeight) -> dict[str, Tensor]:
     """Return what stands beside the codes of a quantized matrix."""
     spec, tensors = packed
     beside = {"span": tensors["weight_range"], "origin": tensors[origin_name(spec)]}
-    return beside | ({"widths": tensors["weight_widths"]} if "weight_widths" in tensors else {})
+    some = {name: tensors.get(f"weight_{name}") for name in ("widths", "channel_scale")}
+    return beside | {name: tensor for name, tensor in some.items() if tensor is not None}
 
 
 def grid_in_file(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ def read(
         row_scales = tensors["row_scales"] if index is None else tensors["row_scales"][index]
         return Coded(codes, tensors["level"], tensors["steps"], row_scales)
     codes = _codes(spec, runs, tensors, index, torch.uint8)
-    return Quantized(codes, *widths_and_grid(spec, runs, tensors, index))
+    return Quantized(codes, *widths_and_grid(spec, runs, tensors, index), channel_scale=tensors.get("channel_scale"))
 
 
 def widths_and_grid(

@@ -4,7 +4,7 @@ What the tensors hold is written down in `packing.py`.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -33,10 +33,13 @@ class WeightSpec:
     """Columns per segment; None if a row is not divided into groups."""
     width_axis: WidthAxis = "input"
     """What has a width of its own: `input` channels (columns) or `output` channels (rows)."""
+    scaled: bool = False
+    """Whether columns have scales, which what codes stand for is multiplied by; not said before version 7."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; `scaled` only where it is so."""
+        values = asdict(self)
+        return values if self.scaled else {name: value for name, value in values.items() if name != "scaled"}
 
     @classmethod
     def from_dict(cls, values: Any) -> "WeightSpec":
@@ -48,15 +51,7 @@ class WeightSpec:
 
 
 def _is_spec(values: Any) -> bool:
-    if not isinstance(values, dict) or set(values) != {
-        "shape",
-        "layout",
-        "widths",
-        "n_m",
-        "grid",
-        "group_size",
-        "width_axis",
-    }:
+    if not isinstance(values, dict) or {*values, "scaled"} != {field.name for field in fields(WeightSpec)}:
         return False
     shape, widths, n_m = (values[key] for key in ("shape", "widths", "n_m"))
     for numbers in (shape, widths, n_m):
@@ -73,10 +68,11 @@ def _is_spec(values: Any) -> bool:
 
 def _is_grid(values: dict[str, Any]) -> bool:
     widths, grid, group_size = values["widths"], values["grid"], values["group_size"]
-    if values["width_axis"] not in get_args(WidthAxis):
+    scaled = values.get("scaled", False)
+    if values["width_axis"] not in get_args(WidthAxis) or type(scaled) is not bool:
         return False
     if widths is None:
-        return grid is None and group_size is None
+        return grid is None and group_size is None and not scaled
     if not widths or list(widths) != sorted({w for w in widths if 1 <= w <= 8}) or grid not in get_args(GridKind):
         return False
     return group_size is None or (type(group_size) is int and group_size >= 1)
@@ -165,6 +161,8 @@ def _expected_tensors(spec: WeightSpec) -> dict[str, tuple[bool, tuple[int, ...]
     expected["weight_codes"] = False, None
     expected["weight_range"] = True, (spec.shape[0], segments)
     expected[origin_name(spec)] = spec.grid != "zero-point", (spec.shape[0], segments)
+    if spec.scaled:
+        expected["weight_channel_scale"] = True, (spec.shape[1],)
     if len(spec.widths) > 1:
         channels = spec.shape[spec.width_axis == "input"]
         expected["weight_widths"] = False, (packed_bytes(channels, index_bits(len(spec.widths))),)

@@ -2,7 +2,7 @@
 
 `sha256` is the SHA-256 of all fields but `format`, `format_version` and itself, as JSON with sorted keys, no spaces and
 ASCII only, so neither a plan nor a reported figure can change unnoticed. A fault of any kind is a CheckpointError that
-names the file. How weights are packed is said in `config.json`, see `description.py`; versions 1 to 5 are read as well.
+names the file. How weights are packed is said in `config.json`, see `description.py`; versions 1 to 6 are read as well.
 """
 
 import hashlib
@@ -14,10 +14,17 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from sgpt_lightning.format.description import CONFIG, DTYPES, FORMAT_VERSION, WEIGHT_FILE, Description
+from sgpt_lightning.format.description import (
+    CONFIG,
+    DTYPES,
+    FIRST_DESCRIBED,
+    FORMAT_VERSION,
+    WEIGHT_FILE,
+    Description,
+)
 from sgpt_lightning.format.directory import FORMAT, MANIFEST, CheckpointError
 from sgpt_lightning.format.ledger import Ledger
-from sgpt_lightning.format.older import FIRST_DESCRIBED_IN_CONFIG, FIRST_WITH_CHECKSUM, brought_up
+from sgpt_lightning.format.older import FIRST_WITH_CHECKSUM, brought_up
 from sgpt_lightning.format.records import LinearReport, RunRecord
 
 _RUN: dict[str, Any] = {
@@ -113,7 +120,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, Description | None]:
     if version >= FIRST_WITH_CHECKSUM and content.pop("sha256", None) != _checksum(content):
         raise CheckpointError(f"{path} does not match its own SHA-256: it was changed or damaged; copy it again")
     description = None
-    if version < FIRST_DESCRIBED_IN_CONFIG:
+    if version < FIRST_DESCRIBED:
         try:
             content, description = brought_up(content, version)
         except ValueError as error:

@@ -13,7 +13,6 @@ from typing import Any
 from sgpt_lightning.format.description import CONFIG, WEIGHTS, Description
 
 FIRST_WITH_CHECKSUM = 3
-FIRST_DESCRIBED_IN_CONFIG = 6
 _FIRST_WITH_LOSSES = 5
 
 

@@ -14,6 +14,7 @@ packed without gaps and starts on a byte.
     weight_offset      float   [out_features, segments]: the lowest value or magnitude (grids `offset`, `zero-free`)
     weight_widths      uint8   per column (row): position in the ascending list of widths, ceil(log2(n)) bits;
                                absent when there is one width
+    weight_channel_scale float16 [in_features]: what the values of a column are multiplied by; absent without scales
 
 and, in the layout `coded`, whole codes k of any size,
 
@@ -34,6 +35,8 @@ in float32, each operation rounded,
     zero-free   range / (2^(b-1) - 1) * k + offset     with k = c mod 2^(b-1); negated if c >= 2^(b-1); at 1 bit k = 0
     coded       (k * (level * 2^(-step / 16))) * 2^(-row scale / 8), the powers of two being float32 as well
 
+and, where columns have scales, that times `weight_channel_scale`.
+
 No permutation is stored: the runs follow from the widths, and the order in which the columns were solved leaves no
 trace in the result. For masks and widths three layouts are priced and the cheapest is taken: `dense` (no mask; removed
 weights hold the zero point, which only the grid `zero-point` has), `bitmap`, and `pattern` for N:M.
@@ -41,6 +44,7 @@ weights hold the zero point, which only the grid `zero-point` has), `bitmap`, an
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,7 +71,8 @@ def pack_weight(solution: Solution) -> PackedWeight:
     if isinstance(solution, Pruned):
         return pack_as(solution, WeightSpec(solution.shape, layout, None, n_m))
     grid, used = solution.grid, tuple(sorted(set(solution.widths.tolist())))
-    return pack_as(solution, WeightSpec(solution.shape, layout, used, n_m, grid.kind, grid.group_size, grid.axis))
+    spec = WeightSpec(solution.shape, layout, used, n_m, grid.kind, grid.group_size, grid.axis)
+    return pack_as(solution, spec if solution.channel_scale is None else replace(spec, scaled=True))
 
 
 def pack_as(solution: Solution, spec: WeightSpec) -> PackedWeight:
@@ -117,6 +122,8 @@ def _quantized_tensors(solution: Quantized, keep: Tensor | None, spec: WeightSpe
         "weight_range": solution.grid.span,
         origin_name(spec): solution.grid.origin,
     }
+    if solution.channel_scale is not None:
+        tensors["weight_channel_scale"] = solution.channel_scale
     if len(used) > 1:
         positions = torch.searchsorted(torch.tensor(used, device=widths.device), widths.long())
         tensors["weight_widths"] = pack_bits(positions.to(torch.uint8), index_bits(len(used)))
@@ -182,7 +189,7 @@ def _fixed(packed: PackedWeight) -> Pruned | Quantized:
     codes = _unpack_runs(tensors["weight_codes"], keep, widths, spec)
     span, origin = tensors["weight_range"], tensors[origin_name(spec)]
     grid = Grid(spec.grid, span, origin, spec.widths[-1], spec.group_size, spec.width_axis)
-    return Quantized(codes, widths, grid, keep, spec.n_m)
+    return Quantized(codes, widths, grid, keep, spec.n_m, tensors.get("weight_channel_scale"))
 
 
 def cheapest_layout(solution: Pruned | Quantized) -> Layout:

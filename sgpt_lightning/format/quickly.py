@@ -56,7 +56,8 @@ def unpack_quickly(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, T
         for rows in _some_rows(*part.shape):
             part[rows] = lift_bytes(laid[rows], run.bits, part.shape[1])
             _of_rows(scale, rows).dequantize_(part[rows])
-    return _in_order(weight, tensors.get("order"), dim)
+    ordered, factors = _in_order(weight, tensors.get("order"), dim), tensors.get("channel_scale")
+    return ordered if factors is None else ordered.mul_(factors.float())
 
 
 def _some_rows(rows: int, columns: int) -> list[slice]:

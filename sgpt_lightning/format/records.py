@@ -48,6 +48,9 @@ class LinearReport:
     predicted_loss: float | None = None
     """What the error of this linear is predicted to add to the model's loss, nats a token, to second order and on the
     calibration text; None where no gradients were taken."""
+    scaling_alpha: float | None = None
+    """The exponent of the scales of its input channels, 0 where a search found none that pay; None where none were
+    asked for, and not said before version 7."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -60,8 +63,9 @@ class LinearReport:
         return self.weights if self.layout == "coded" else self.weights * (1 - self.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; `scaling_alpha` only where there is one."""
+        values = asdict(self)
+        return values if self.scaling_alpha is not None else {n: v for n, v in values.items() if n != "scaling_alpha"}
 
     @classmethod
     def from_dict(cls, values: Any) -> "LinearReport":
@@ -70,11 +74,12 @@ class LinearReport:
         Raises:
             ValueError: a field is missing, unknown, or holds what no solve can have given, such as NaN.
         """
-        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+        if not isinstance(values, dict) or {*values, "scaling_alpha"} != {field.name for field in fields(cls)}:
             raise ValueError(f"the report of a linear needs the fields {', '.join(_RULES)}, got {values!r:.200}")
         for name, (rule, holds) in _RULES.items():
-            if not holds(values[name]):
-                raise ValueError(f"report of {values['name']!r:.80}: {name} must be {rule}, got {values[name]!r:.80}")
+            value = values.get(name)
+            if not holds(value):
+                raise ValueError(f"report of {values['name']!r:.80}: {name} must be {rule}, got {value!r:.80}")
         if (values["mean_bits"] is None) != (not values["bits_histogram"]):
             raise ValueError(
                 f"report of {values['name']!r:.80}: mean_bits and bits_histogram must both be there or not, "
@@ -119,6 +124,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or value in get_args(Allocation),
     ),
     "predicted_loss": ("None or a finite number from 0", lambda value: value is None or _is_number(value, 0)),
+    "scaling_alpha": ("None or in [0, 1]", lambda value: value is None or _is_number(value, 0, 1)),
 }
 """What `LinearReport.from_dict` asks of each field, in words and as a test."""
 
@@ -162,6 +168,7 @@ def describe_linear(name: str, compressed: CompressedLinear, packed: PackedWeigh
         layout=packed.spec.layout,
         allocation=compressed.allocation,
         predicted_loss=compressed.predicted_loss,
+        scaling_alpha=compressed.scaling_alpha,
     )
 
 

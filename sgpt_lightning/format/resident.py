@@ -18,6 +18,8 @@ numbers so that `module.half()` leaves them alone (floats are kept as their bits
                           there is one run
     span, origin          `weight_range` and `weight_offset` or `weight_zero_point`
     widths        uint8   `weight_widths`
+    channel_scale         `weight_channel_scale`; kernels know nothing of it: they unpack in float32, what comes of that
+                          is multiplied, and of a product x is
     mask          int32   `bitmap`: per run and row fields of a bit; `pattern`: per row the ranks of the groups as
                           fields, survivors then lie in the order of their columns; uint8 where codes are in bytes
     starts        int32   per run and row how many survivors of the run lie before; absent for a `pattern` of one run
@@ -37,6 +39,7 @@ What a kernel does with them is in `kernels/matvec.py`; here is the reference.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -102,8 +105,14 @@ class Resident:
         if not self._has_kernels():
             return self._reference(dtype)
         parts = self.spec, self.runs, self._floats()
-        family = family_of(self.spec, UNPACK)
-        return with_kernels(self.device, family, lambda k: unpack(k, *parts, dtype), lambda: self._reference(dtype))
+        family, scale = family_of(self.spec, UNPACK), parts[2].get("channel_scale")
+
+        def unpacked(kernels: ModuleType) -> Tensor:
+            if scale is None:
+                return unpack(kernels, *parts, dtype)
+            return unpack(kernels, *parts, torch.float32).mul_(scale.float()).to(dtype)
+
+        return with_kernels(self.device, family, unpacked, lambda: self._reference(dtype))
 
     def _has_kernels(self) -> bool:
         return has_kernels(self.spec) and laying_of(self.tensors) is WORDS
@@ -137,8 +146,13 @@ class Resident:
         if not self._has_kernels() or not len(x):
             return self._multiplied(x)
         parts = self.spec, self.runs, self._floats()
-        family = family_of(self.spec, MATVEC)
-        return with_kernels(self.device, family, lambda k: multiply(k, x, *parts), lambda: self._multiplied(x))
+        family, scale = family_of(self.spec, MATVEC), parts[2].get("channel_scale")
+        given = x if scale is None else x.float() * scale.float()
+
+        def multiplied(kernels: ModuleType) -> Tensor:
+            return multiply(kernels, given, *parts).to(x.dtype)
+
+        return with_kernels(self.device, family, multiplied, lambda: self._multiplied(x))
 
     def _multiplied(self, x: Tensor) -> Tensor:
         return (x.float() @ self.weight().T).to(x.dtype)

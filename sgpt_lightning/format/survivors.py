@@ -104,7 +104,8 @@ def read(
         _put(keep, kept, here, part.columns)
     if spec.widths is None:
         return Pruned(values, keep, spec.n_m)
-    return Quantized(values, *widths_and_grid(spec, runs, tensors, index), keep, spec.n_m)
+    scale = tensors.get("channel_scale")
+    return Quantized(values, *widths_and_grid(spec, runs, tensors, index), keep, spec.n_m, scale)
 
 
 def _kept(part: _Part, mask: Tensor, rows: Tensor | slice, laying: Laying) -> Tensor:

@@ -183,7 +183,16 @@ def plan_of_run(manifest: Manifest) -> str:
 _PACKED = {
     "codes": ("stream", "extra", "offsets", "codes"),
     "tables of the coder": ("tables", "rows", "columns"),
-    "steps, scales, ranges": ("level", "steps", "row_scales", "range", "zero_point", "offset", "widths"),
+    "steps, scales, ranges": (
+        "level",
+        "steps",
+        "row_scales",
+        "range",
+        "zero_point",
+        "offset",
+        "widths",
+        "channel_scale",
+    ),
     "masks": ("mask",),
     "unquantized values": ("values",),
 }

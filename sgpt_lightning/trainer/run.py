@@ -42,9 +42,14 @@ class Run:
         state: new, or that of an earlier run of the same settings.
         calibration: new, of the dense model.
         model: the model.
+
+    Raises:
+        ValueError: scales are to be folded into norms, of which a state that is gone on from holds nothing.
     """
 
     def __init__(self, state: RunState, calibration: Calibration, model: nn.Module) -> None:
+        if any(recipe.scaling.fold for recipe in calibration.plans.recipes.values()):
+            raise ValueError("scaling.fold is for sgpt_lightning.compress, a fit stores scales: got scaling.fold=True")
         self.state = state
         self.calibration = calibration
         self._model = model

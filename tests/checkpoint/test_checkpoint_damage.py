@@ -79,7 +79,7 @@ DAMAGES = {
     "manifest not of text": (MANIFEST, lambda directory: (directory / MANIFEST).write_bytes(b"\xff\xfe\x00") and None),
     "manifest a list": (MANIFEST, lambda directory: (directory / MANIFEST).write_text("[1]") and None),
     "manifest of another format": (MANIFEST, change(MANIFEST, format="gptq")),
-    "manifest newer": (MANIFEST, change(MANIFEST, format_version=7)),
+    "manifest newer": (MANIFEST, change(MANIFEST, format_version=8)),
     "manifest that says it is older": (MANIFEST, change(MANIFEST, format_version=1)),
     "manifest of version 0": (MANIFEST, change(MANIFEST, format_version=0)),
     "manifest without version": (MANIFEST, change(MANIFEST, format_version=None)),

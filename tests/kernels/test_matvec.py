@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,9 +43,14 @@ QUANTIZED += [case | {"mask": 0.5} for case in MASKED]
 CASES: dict[str, Solution] = {str(case): quantized(13, 45, **case) for case in QUANTIZED}
 CASES |= {f"coded {spread}": coded(13, 45, spread) for spread in (0.3, 20.0, 3e3)}
 CASES["coded, some apart"] = coded(13, 45, 1.3, 8)
+SCALES = (2 ** (torch.rand(45, generator=generator(5)) * 8 - 4)).half()
+CASES |= {
+    f"scaled {mask}": replace(quantized(13, 45, (3, 6), "offset", mask), channel_scale=SCALES) for mask in (None, 0.5)
+}
 UNPACKED = [case for case in CASES if case not in (f"{{'widths': ({bits},), 'kind': 'zero-point'}}" for bits in (4,))]
 """Widths are cut by the same function for both kernels."""
 FEW = ["{'widths': (3,), 'kind': 'zero-point'}", "{'widths': (4,), 'kind': 'zero-free'}", "coded, some apart"]
+FEW += ["scaled None"]
 
 
 @pytest.fixture

@@ -174,6 +174,7 @@ def test_a_report_takes_the_row_of_the_one_that_it_replaces_and_a_removed_one_is
 REPORTS = [
     replace(make_report("layers.0.fc1", 8, 0.5, 4.25, {2: 3, 8: 5}), predicted_loss=0.25),
     make_report("", 8, 0.0, None, {}),
+    replace(make_report("fc2", 8, 0.0, 4.0, {4: 8}), scaling_alpha=0.4),
     replace(make_report("fc1", 8, 1.0, 0.0, {1: 1}), status="float64", allocation=None, damp_percent=0.0),
 ]
 
@@ -211,6 +212,7 @@ ODD = {
     "layout": ["sparse", None, 1, {}],
     "allocation": ["best", "", 0, []],
     "predicted_loss": [-0.1, math.nan, math.inf, "0.1", True],
+    "scaling_alpha": [-0.1, 1.1, math.nan, "0.5", True],
 }
 
 
@@ -231,7 +233,7 @@ def test_every_field_of_a_report_is_checked():
 @pytest.mark.parametrize("values", [None, [], "report", {}, {"name": "fc1"}, REPORTS[0].to_dict() | {"speed": 1}])
 def test_a_report_with_other_fields_is_refused(values):
     with pytest.raises(
-        ValueError, match=r"the report of a linear needs the fields name, weights, .*predicted_loss, got"
+        ValueError, match=r"the report of a linear needs the fields name, weights, .*scaling_alpha, got"
     ):
         LinearReport.from_dict(values)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from sgpt_lightning import cli
 from sgpt_lightning.checkpoint.load import load_compressed
 from sgpt_lightning.format.directory import CheckpointError
-from sgpt_lightning.presets import ImportanceWeights
+from sgpt_lightning.presets import ImportanceWeights, Scaling
 from sgpt_lightning.recipe import Recipe
 from sgpt_lightning.trainer import cli as trainer_cli
 from sgpt_lightning.trainer.callback import SparseGPTCallback
@@ -209,6 +209,7 @@ def test_every_config_parses_and_its_first_line_is_its_command(config):
                 assert {k: resolved[group][key][k] for k in value} == value
     found, asked = resolved["sgpt"]["recipe"], values["sgpt"]["recipe"]
     found["importance"] = ImportanceWeights(**found["importance"])
+    found["scaling"] = Scaling(**found["scaling"])
     assert Recipe(**found) == Recipe(**asked)  # what a config leaves out is what its own preset and coding say
 
 
