@@ -28,8 +28,8 @@ def load_streamed(
 ) -> nn.Module:
     """Load a dense model, frozen and in eval mode, without the weights of the linears in its blocks.
 
-    It can be called as any other, and reads each block in each forward; `compress` and `SparseGPTCallback` read it once
-    or twice.
+    It can be called as any other, and reads each block in each forward; `compress` and `SparseGPTCallback` read it a
+    few times, each block for many batches.
 
     Args:
         name: the embedded `opt-mini` or a model directory.
