@@ -28,9 +28,6 @@ PAGES = {language: ROOT / "docs" / f"from-the-quickstart{end}.md" for language, 
 EN, ZH = (path.read_text() for path in PAGES.values())
 FENCE = re.compile(r"```(\w+)\n(.*?)```\n", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
-ELSEWHERE = {"experiments.md"}
-"""Pages that another branch writes; drop a name when its page is there."""
-
 THEIRS = {
     "sparsegpt_enhanced.py", "opt_enhanced.py", "test_enhanced.py", "example_usage.py", "compare_versions.py",
     "README_enhanced", "IMPROVEMENTS_SUMMARY", "run_enhanced_sparsegpt.py", "performance_monitor.py",
@@ -97,7 +94,7 @@ def test_the_translation_is_one():
 def test_links_lead_somewhere_and_the_readme_leads_here():
     for page in PAGES.values():
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-            assert target in ELSEWHERE or (page.parent / target).is_file(), target
+            assert (page.parent / target).is_file(), target
         assert f"({page.relative_to(ROOT)})" in README
 
 
