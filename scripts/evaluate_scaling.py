@@ -178,7 +178,7 @@ def _tables(lines: list[dict[str, Any]]) -> list[str]:
     for variant in dict.fromkeys(line["variant"] for line in lines):
         own = [line for line in lines if line["variant"] == variant]
         rows += [
-            f"| {variant} | dense | | 16 | {line['perplexity']:.3f} | | | | |" for line in own if not line["budget"]
+            f"| {variant} | dense | | | 16 | {line['perplexity']:.3f} | | | | |" for line in own if not line["budget"]
         ]
         for budget in [b for b in BUDGETS if any(line["budget"] == b for line in own)]:
             arms = {s: {x["seed"]: x for x in own if (x["budget"], x["scaling"]) == (budget, s)} for s in SCALINGS}
@@ -194,7 +194,7 @@ _TYPES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 def _row(variant: str, budget: str, scaling: str, arms: dict[str, dict[int, dict[str, Any]]]) -> str:
     own, plain = arms[scaling], arms["none"]
     bits, seconds = (statistics.fmean(line[n] for line in own.values()) for n in ("bits_per_weight", "seconds"))
-    cells = [variant, budget, scaling, f"{bits:.3f}"]
+    cells = [variant, budget, scaling, str(len(own)), f"{bits:.3f}"]
     for name, form in (("perplexity", ".3f"), ("output_error", ".5f")):
         values = [line[name] for line in own.values()]
         cells.append(f"{statistics.fmean(values):{form}} ± {_deviation(values):{form}}")
