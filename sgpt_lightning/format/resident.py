@@ -5,7 +5,7 @@ so that a product can be taken straight from it. Coded weights, which nothing bu
 once into codes of just enough bits. `stored` gives the file's bytes back.
 
 Codes lie in words of 32 bits where kernels read them, and in bytes where a CPU does, which unpacks the whole matrix for
-each product (`quickly.py`); a weight that moves is laid out anew. `planes.py` and `layings.py` draw both.
+each product (`cpu_unpacking.py`); a weight that moves is laid out anew. `planes.py` and `layings.py` draw both.
 
 Channels of one width are a run; runs lie one behind the other, the widest first. The tensors, all of them of whole
 numbers so that `module.half()` leaves them alone (floats are kept as their bits):
@@ -47,12 +47,12 @@ from torch import Tensor
 from sgpt_lightning.core.paths import MATVEC, UNPACK, gets_kernels, with_kernels
 from sgpt_lightning.core.solution import Coded, Pruned, Quantized, Solution
 from sgpt_lightning.format import fields, survivors
+from sgpt_lightning.format.cpu_unpacking import unpack_on_cpu
 from sgpt_lightning.format.launch import family_of, has_kernels, multiply, unpack
 from sgpt_lightning.format.layings import BYTES, WORDS, Laying, laying_of
 from sgpt_lightning.format.layout import PackedWeight, WeightSpec
 from sgpt_lightning.format.packing import pack_as, unpack_solutions
 from sgpt_lightning.format.planes import Run
-from sgpt_lightning.format.quickly import unpack_quickly
 
 MOST_ROWS = 8
 """Rows of x that `matvec` takes: with more, unpacking once and a matrix product are faster."""
@@ -118,7 +118,7 @@ class Resident:
         return has_kernels(self.spec) and laying_of(self.tensors) is WORDS
 
     def _reference(self, dtype: torch.dtype) -> Tensor:
-        weight = unpack_quickly(self.spec, self.runs, self._floats())
+        weight = unpack_on_cpu(self.spec, self.runs, self._floats())
         return (self._solution(None).weight() if weight is None else weight).to(dtype)
 
     def rows(self, index: Tensor) -> Tensor:

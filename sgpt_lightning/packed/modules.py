@@ -269,7 +269,7 @@ def unpack_model(model: nn.Module, unpacked: Iterable[tuple[str, Tensor]] | None
     """
     modules = packed_modules(model)
     tied = {name: module.holder for name, module in modules.items() if module.holder is not module}
-    holders = ((name, None) for name in modules.keys() - tied.keys()) if unpacked is None else unpacked
+    holders = ((name, None) for name in modules if name not in tied) if unpacked is None else unpacked
     for name, matrix in holders:
         module = modules[name]
         module.drop_for(nn.Parameter(module.weight if matrix is None else module.formed(matrix), requires_grad=False))

@@ -30,7 +30,7 @@ _TABLE_BITS = 6
 """Widest codes whose values a table per row holds."""
 
 
-def unpack_quickly(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]) -> Tensor | None:
+def unpack_on_cpu(spec: WeightSpec, runs: tuple[Run, ...], tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the matrix, float32 `[out_features, in_features]`, or None where it is not of a kind that is known here.
 
     Args:
