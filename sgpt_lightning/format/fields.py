@@ -62,18 +62,21 @@ def order_tensor(order: Tensor | None) -> dict[str, Tensor]:
     return {} if order is None else {"order": order.to(torch.int16 if len(order) <= 1 << 15 else torch.int32)}
 
 
+def _grid_names(spec: WeightSpec) -> dict[str, str]:
+    """Return the tensors that stand beside the codes of a quantized matrix: name here -> name in a file."""
+    same = {name: f"weight_{name}" for name in ("widths", "channel_scale")}
+    return {"span": "weight_range", "origin": origin_name(spec), **same}
+
+
 def grid_tensors(packed: PackedWeight) -> dict[str, Tensor]:
     """Return what stands beside the codes of a quantized matrix."""
-    spec, tensors = packed
-    beside = {"span": tensors["weight_range"], "origin": tensors[origin_name(spec)]}
-    some = {name: tensors.get(f"weight_{name}") for name in ("widths", "channel_scale")}
-    return beside | {name: tensor for name, tensor in some.items() if tensor is not None}
+    names = _grid_names(packed.spec)
+    return {name: packed.tensors[stored] for name, stored in names.items() if stored in packed.tensors}
 
 
 def grid_in_file(spec: WeightSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `grid_tensors` returned under the names that it has in a file."""
-    names = {"span": "weight_range", "origin": origin_name(spec), "widths": "weight_widths"}
-    return {stored: tensors[name] for name, stored in names.items() if name in tensors}
+    return {stored: tensors[name] for name, stored in _grid_names(spec).items() if name in tensors}
 
 
 def of_coded(solution: Coded, laying: Laying) -> tuple[tuple[Run, ...], dict[str, Tensor]]:

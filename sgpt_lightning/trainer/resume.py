@@ -29,7 +29,7 @@ from sgpt_lightning.trainer.module import CausalLMModule
 from sgpt_lightning.trainer.offload import on_device
 from sgpt_lightning.trainer.protocols import text_protocols
 
-VERSION = 1
+VERSION = 2
 """Of the checkpoint's own part; another one is refused."""
 _NO_STATE = "holds no state of a compression: a fit goes on from a checkpoint of a run of SparseGPTCallback only"
 _UNNAMED = ("tokenizer",)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from forgery import CONFIG, FC1, MANIFEST, WEIGHTS, damage, edit_json, forge, forge_description
@@ -179,7 +180,8 @@ def test_a_damaged_stream_is_found_without_a_manifest_when_it_is_decoded(residen
         load(tmp_path / "out", resident=resident)
 
 
-def test_links_of_the_hubs_cache_are_followed_and_need_not_be_all_there(forms, tmp_path):
+def test_links_of_the_hubs_cache_are_followed_and_need_not_be_all_there(forms, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--x--y" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
