@@ -392,7 +392,9 @@ def test_sigterm_ends_with_143_and_a_true_line_about_the_model_that_was_there(te
     last = said.splitlines()[-1]
     assert last.startswith("sgpt: stopped by SIGTERM: ")
     assert "Traceback" not in said
-    if fingerprint(target) == before:
+    if "still busy after" in last:  # the signal came within a lock of TensorBoard's, which then waits for ever
+        assert last.endswith("; a model on disk is a whole one, the earlier or the new")
+    elif fingerprint(target) == before:
         assert last.endswith(f"; the earlier model in {target} is intact")
         kept = "nothing was solved yet" if moment == "loading" else "--ckpt_path last` goes on from there"
         assert kept in last
