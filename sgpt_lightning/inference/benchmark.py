@@ -15,7 +15,7 @@ import inspect
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class Benchmark:
     seed: int
     repeats: int
     measured: tuple[Measured, ...]
+    perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the run that compressed the model measured: by `dense` and `compressed`, then by text."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, tokens a second included."""
@@ -135,8 +137,8 @@ def benchmark(directory: str | Path, work: Workload = Workload(), device: str | 
     for resident in dict.fromkeys(("dense", *work.residents)):
         size = stored if resident == "dense" else manifest.ledger.file
         measured.append(_measure(str(directory), resident, size, dtype, place, work))
-    name = str(dtype).removeprefix("torch.")
-    return Benchmark(str(directory), _in_words(place), name, work.seed, work.repeats, tuple(measured))
+    how = str(directory), _in_words(place), str(dtype).removeprefix("torch."), work.seed, work.repeats
+    return Benchmark(*how, tuple(measured), manifest.record.perplexity)
 
 
 def _device(device: str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """A benchmark for people: what each residence takes, tokens a second, and plainly where packed is slower."""
 
 from sgpt_lightning.inference.benchmark import Benchmark, names_of, slower
-from sgpt_lightning.report.tables import format_bytes, format_table
+from sgpt_lightning.report.tables import format_bytes, format_table, perplexity_table
 
 
 def speed_tables(found: Benchmark) -> str:
@@ -29,6 +29,7 @@ def speed_tables(found: Benchmark) -> str:
     return "\n\n".join(
         [
             f"{found.directory}: {found.device}, {found.dtype}, median of {found.repeats}, seed {found.seed}",
+            perplexity_table(found.perplexity) or "perplexity: the run that compressed it measured none",
             format_table(("", "file", "weights in memory", "peak memory"), memory),
             format_table(columns, rows),
             "\n".join(_verdict(found)),

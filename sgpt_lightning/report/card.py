@@ -13,7 +13,7 @@ from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.models.source import Source, public_name
 from sgpt_lightning.report.plan import kind_table
 from sgpt_lightning.report.run import closing_line, ledger_table, linear_reports
-from sgpt_lightning.report.tables import format_table
+from sgpt_lightning.report.tables import perplexity_table, perplexity_texts
 
 CardKind = Literal["sgpt", "dense-hf", "compressed-tensors"]
 _LIBRARY = {"sgpt": "sgpt_lightning", "dense-hf": "transformers", "compressed-tensors": "transformers"}
@@ -76,23 +76,16 @@ def _front_matter(manifest: Manifest, source: Source, kind: CardKind) -> str:
 def _perplexities(manifest: Manifest) -> str:
     """Return a row per data set, and under the table how each was measured."""
     record = manifest.record
-    dense, compressed = (record.perplexity.get(state) or {} for state in ("dense", "compressed"))
-    names = sorted({*dense, *compressed})
-    if not names:
+    table = perplexity_table(record.perplexity, _name)
+    if not table:
         return ""
-    rows = [(_name(name), _figure(dense.get(name)), _figure(compressed.get(name))) for name in names]
     protocols = [
         f"- {_name(name)}: "
         + ", ".join(f"{_plain(key)} {_value(value)}" for key, value in record.protocols[name].items())
-        for name in names
+        for name in perplexity_texts(record.perplexity)
         if name in record.protocols
     ]
-    table = format_table(("perplexity on", "dense", "compressed"), rows)
     return "\n\n".join(["## Perplexity", table, *(["\n".join(protocols)] if protocols else [])])
-
-
-def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
 
 
 def _name(name: str) -> str:

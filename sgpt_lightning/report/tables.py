@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sgpt_lightning.format.records import LinearReport
 
@@ -133,3 +133,23 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def perplexity_texts(perplexity: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the texts on which a model was measured, dense or compressed, by name."""
+    return sorted({name for state in ("dense", "compressed") for name in perplexity.get(state) or {}})
+
+
+def perplexity_table(perplexity: Mapping[str, Mapping[str, float]], shown: Callable[[str], str] = str) -> str:
+    """Return a row for each text on which a model was measured, dense and compressed; empty where there is none.
+
+    Args:
+        perplexity: by state of the model, then by text, as in `RunRecord`.
+        shown: what a text is called.
+    """
+    states = [perplexity.get(state) or {} for state in ("dense", "compressed")]
+    rows = [
+        (shown(name), *("not measured" if state.get(name) is None else f"{state[name]:.3f}" for state in states))
+        for name in perplexity_texts(perplexity)
+    ]
+    return format_table(("perplexity on", "dense", "compressed"), rows) if rows else ""

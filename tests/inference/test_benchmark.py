@@ -21,6 +21,7 @@ from sgpt_lightning.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORK = Workload(batches=(1, 3), prefill=512, decode=3, repeats=1, residents=("packed", "coded"))
 POSITIONS = 64
+PERPLEXITY = {"dense": {"c4": 20.25}, "compressed": {"c4": 21.5, "ptb": 30.0}}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def small(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("benchmark") / "small"
     model = make_model("opt", num_hidden_layers=1)
     solved = compress(model, make_batches(2), Recipe(preset="gptq", target_avg_bits=4))
-    save_compressed(directory, model, solved, storage_dtype=torch.float16)
+    save_compressed(directory, model, solved, storage_dtype=torch.float16, run={"perplexity": PERPLEXITY})
     return directory
 
 
@@ -89,13 +90,15 @@ def made_up(dense: tuple[float, float], packed: tuple[float, float]) -> Benchmar
         Measured(name, size, 10 * size, peak, (Speed("prefill", 8, 512, a), Speed("decode", 1, 16, b)))
         for name, size, peak, (a, b) in (("dense", 4_000_000, None, dense), ("packed", 1_000_000, 5_000_000, packed))
     ]
-    return Benchmark("runs/small", "a GPU", "float16", 0, 3, tuple(sides))
+    return Benchmark("runs/small", "a GPU", "float16", 0, 3, tuple(sides), PERPLEXITY)
 
 
 def test_the_tables_say_plainly_where_packed_is_slower():
     text = speed_tables(made_up((1.0, 1.0), (4.0, 0.5)))
     assert "0.0013 of its" in speed_tables(made_up((1.0, 1.0), (1.0, 768.0)))  # never 0.00
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["c4", "20.250", "21.500"] in cells
+    assert ["ptb", "not measured", "30.000"] in cells
     assert ["dense", "4.00 MB", "40.00 MB", "not known"] in cells
     assert ["packed", "1.00 MB", "10.00 MB", "5.00 MB"] in cells
     assert ["prefill of 512, batch 8", "4,096.0", "1,024.0", "0.25"] in cells
@@ -113,6 +116,7 @@ def test_the_command_prints_tables_or_json(small):
         "float32",
         ["dense", "packed"],
     )
+    assert found["perplexity"] == PERPLEXITY
     for speed in found["measured"][1]["speeds"]:
         assert speed["tokens_per_second"] == pytest.approx(2 * speed["tokens"] / speed["seconds"])
     printed = run_main("benchmark", small, *options, "--resident", "coded").out
