@@ -63,15 +63,15 @@ def _launches(band: Band) -> list[tuple[Run, Run]]:
     four kernels: Triton takes seconds to compile each. A run that is looped over is alone, as it takes many registers,
     and so is the only one of a band.
     """
+    if len(band.runs) == 1:
+        return [(band.runs[0], NO_RUN)]
     unrolled = {run.bits: run for run in band.runs if not is_looped(band, run)}
-    alone = [run for run in band.runs if is_looped(band, run) or len(band.runs) == 1]
-    pairs = [(wide, wide - 1) for wide in (8, 6, 4, 2) if len(band.runs) > 1]
     launches = [
-        (unrolled.get(wide, _absent(wide)), unrolled.get(narrow, _absent(narrow)))
-        for wide, narrow in pairs
-        if wide in unrolled or narrow in unrolled
+        (unrolled.get(wide, _absent(wide)), unrolled.get(wide - 1, _absent(wide - 1)))
+        for wide in (8, 6, 4, 2)
+        if wide in unrolled or wide - 1 in unrolled
     ]
-    return launches + [(run, NO_RUN) for run in alone]
+    return launches + [(run, NO_RUN) for run in band.runs if is_looped(band, run)]
 
 
 def _absent(bits: int) -> Run:
