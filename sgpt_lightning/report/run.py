@@ -17,7 +17,14 @@ import torch
 from sgpt_lightning.format.manifest import Manifest
 from sgpt_lightning.format.records import LinearReport
 from sgpt_lightning.report.plan import plan_table, write_plan
-from sgpt_lightning.report.tables import coded_weight, format_bytes, format_table, mean_bits, table_of_linears
+from sgpt_lightning.report.tables import (
+    coded_weight,
+    format_bytes,
+    format_table,
+    mean_bits,
+    perplexity_figure,
+    table_of_linears,
+)
 
 REPORT_KEYS = frozenset({"perplexity", "bytes", "bits_per_weight", "linears", "seconds", "recipe", "versions"})
 """What `report.json` holds, and by which it is known."""
@@ -85,13 +92,13 @@ def summary_table(manifest: Manifest) -> str:
     rows = [
         (
             f"dense, {manifest.storage_dtype}",
-            *(_figure(dense.get(name)) for name in names),
+            *(perplexity_figure(dense.get(name)) for name in names),
             f"{stored_bits:.2f}",
             format_bytes(ledger.parameters * stored_bits / 8),
         ),
         (
             "compressed",
-            *(_figure(compressed.get(name)) for name in names),
+            *(perplexity_figure(compressed.get(name)) for name in names),
             f"{ledger.linear_bits_per_weight:.2f}",
             format_bytes(ledger.file),
         ),
@@ -264,7 +271,3 @@ def inspection(directory: Path, manifest: Manifest) -> str:
 
 def _protocol_line(name: str, protocol: Mapping[str, Any]) -> str:
     return f"protocol of {name}: " + ", ".join(f"{key}={value!r}" for key, value in protocol.items())
-
-
-def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"

@@ -135,6 +135,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def perplexity_figure(value: float | None) -> str:
+    """Return a perplexity as tables show it."""
+    return "not measured" if value is None else f"{value:.3f}"
+
+
 def perplexity_texts(perplexity: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the texts on which a model was measured, dense or compressed, by name."""
     return sorted({name for state in ("dense", "compressed") for name in perplexity.get(state) or {}})
@@ -149,7 +154,7 @@ def perplexity_table(perplexity: Mapping[str, Mapping[str, float]], shown: Calla
     """
     states = [perplexity.get(state) or {} for state in ("dense", "compressed")]
     rows = [
-        (shown(name), *("not measured" if state.get(name) is None else f"{state[name]:.3f}" for state in states))
+        (shown(name), *(perplexity_figure(state.get(name)) for state in states))
         for name in perplexity_texts(perplexity)
     ]
     return format_table(("perplexity on", "dense", "compressed"), rows) if rows else ""
