@@ -14,6 +14,7 @@ Left out: neighbours in another block, and modules that are not in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -68,9 +69,8 @@ class _Trial:
         """Fold what can be folded."""
         for readers in self._readers():
             scale = _common_scale([self.solved.get(name) for name in readers])
-            for maker in () if scale is None else self._makers(len(scale), readers):
-                if scale is not None and self._fold_into(maker, readers, scale):
-                    break
+            if scale is not None:
+                any(self._fold_into(maker, readers, scale) for maker in self._makers(len(scale), readers))  # the first
 
     def _readers(self) -> Sequence[Sequence[str]]:
         """Return the linears that receive one input, for each input."""
@@ -83,12 +83,10 @@ class _Trial:
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in self._linears.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, linear in self._linears.items():
+                hooks.enter_context(linear.register_forward_pre_hook(watch(name)))
             self._run()
-        finally:
-            for handle in handles:
-                handle.remove()
         return [names for _, names in seen]
 
     def _makers(self, channels: int, readers: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ as many batches as are on their way together, and not twice for each; their hidd
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -91,12 +91,10 @@ class GradientsByBlock(OutputGradients):
     @contextmanager
     def _hooked(self, block: int, hook: Callable[[str], Any]) -> Iterator[None]:
         watched = {name: linear for name, linear in self._text.decoder.linears(block).items() if name in self._linears}
-        handles = [linear.register_forward_hook(hook(name)) for name, linear in watched.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, linear in watched.items():
+                hooks.enter_context(linear.register_forward_hook(hook(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def room_for_hidden(model: nn.Module) -> float:
