@@ -6,13 +6,14 @@ only: they are counted at most, and what is left of them goes to the linears tha
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from sgpt_lightning.calibration.plan import Plans
 from sgpt_lightning.calibration.rates import LEAST_RATE
-from sgpt_lightning.checkpoint.contents import unpacked_contents
+from sgpt_lightning.checkpoint.contents import Content, unpacked_contents
 from sgpt_lightning.core.budget import count_survivors
 from sgpt_lightning.core.sizes import smallest_layout
 from sgpt_lightning.format.header import FRAME_BYTES, entry_bytes
@@ -72,20 +73,26 @@ def rate_for_file(model: nn.Module, plans: Plans, storage_dtype: torch.dtype, li
     return rate
 
 
-def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype, limit: int) -> int:
-    """Return the bytes of all but the entropy-coded linears, headers included."""
+def beside_packed(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> Iterator[tuple[str, Content, int]]:
+    """Yield what is stored beside packed weights by name, and the bytes that it takes when all is solved."""
     recipes = plans.recipes
     tensors, _ = unpacked_contents(model, {*recipes, *plans.embeddings}, storage_dtype)
-    total = (1 + limit // SHARD_BYTES) * FRAME_BYTES
-    for name, tensor in tensors.items():
+    for name, content in tensors.items():
         owner, _, leaf = name.rpartition(".")
         shifted = leaf == "bias" and owner in recipes and recipes[owner].solve_parts.centre  # then it is rounded
-        item = min(tensor.dtype.itemsize, storage_dtype.itemsize) if shifted else tensor.dtype.itemsize
-        total += math.prod(tensor.shape) * item + entry_bytes(name, tensor.dtype, tensor.shape, limit)
+        item = min(content.dtype.itemsize, storage_dtype.itemsize) if shifted else content.dtype.itemsize
+        yield name, content, math.prod(content.shape) * item
+
+
+def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype, limit: int) -> int:
+    """Return the bytes of all but the entropy-coded linears, headers included."""
+    total = (1 + limit // SHARD_BYTES) * FRAME_BYTES
+    for name, content, nbytes in beside_packed(model, plans, storage_dtype):
+        total += nbytes + entry_bytes(name, content.dtype, content.shape, limit)
     for name, bits in plans.embeddings.items():
         rows, columns = weight_matrix(model.get_submodule(name)).shape
         total += packed_bytes_at_most(name, (rows, columns), bits, limit)
-    for name, recipe in recipes.items():
+    for name, recipe in plans.recipes.items():
         if recipe.coding == "fixed":
             rows, columns = weight_matrix(model.get_submodule(name)).shape
             total += _pruned_bytes(recipe, (rows, columns), storage_dtype)

@@ -9,7 +9,6 @@ block's those that grow with the text apart from those that do not. The blocks a
 Left out: what libraries, loggers and a Trainer take. On the CPU memory is that of the whole process, others' included.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sgpt_lightning.calibration.checks import check_batch
 from sgpt_lightning.calibration.embeddings import TokenCounts, code_embeddings
+from sgpt_lightning.calibration.file_size import beside_packed
 from sgpt_lightning.calibration.hidden_states import Activations
 from sgpt_lightning.calibration.meter import Meter
 from sgpt_lightning.calibration.perplexity_by_block import add_batches
@@ -34,7 +34,6 @@ from sgpt_lightning.calibration.workload import (
     gradients_together,
     seconds_by_part,
 )
-from sgpt_lightning.checkpoint.contents import unpacked_contents
 from sgpt_lightning.evaluation.evaluate import add_batch
 from sgpt_lightning.evaluation.perplexity import Perplexity
 from sgpt_lightning.format.records import SolvedLinear
@@ -157,7 +156,7 @@ def _try(
     last = plans.linears(min(TRIED_BLOCKS, blocks) - 1)
     packed = alike * sum(solved[name].packed.nbytes for name in last if name not in budget)
     packed += sum(budget.values()) / 8 + sum(table.packed.nbytes for table in embeddings.values())
-    result = int(packed) + _rest_bytes(model, calibration.plans, storage_dtype)
+    result = int(packed) + sum(nbytes for *_, nbytes in beside_packed(model, calibration.plans, storage_dtype))
     held_back = "gradients" in meter.seconds and placement_of(model).moves
     together = gradients_together(model, plans, probed[0]) if held_back else None
     once_more = any(recipe.scope == "model" for recipe in plans.recipes.values())
@@ -220,18 +219,6 @@ def _try_stages(
         if stage.blocks >= TRIED_BLOCKS:
             break
     return solved, runs
-
-
-def _rest_bytes(model: nn.Module, plans: Plans, storage_dtype: torch.dtype) -> int:
-    """Return the bytes of what is stored beside packed weights; biases that take over an error are rounded."""
-    rest, _ = unpacked_contents(model, {*plans.recipes, *plans.embeddings}, storage_dtype)
-    total = 0
-    for name, tensor in rest.items():
-        owner, _, leaf = name.rpartition(".")
-        rounded = leaf == "bias" and owner in plans.recipes and plans.recipes[owner].solve_parts.centre
-        item = min(tensor.dtype.itemsize, storage_dtype.itemsize) if rounded else tensor.dtype.itemsize
-        total += math.prod(tensor.shape) * item
-    return total
 
 
 def _dense_runs(calibration: Calibration) -> int:
